@@ -1,0 +1,84 @@
+"""What a rollout needs of a network, and the standalone implementation of it.
+
+A denoiser owns its conditions (text, store, policy) and answers with x0, not velocity: ComfyUI's guiders do
+the same, guidance is linear in either, and every solver of the family wants x0.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+from .memory import Memory
+from .plan import Phase
+from .schedule import Level, x0_from_velocity
+from .wan import Ops, TextState, forward
+
+
+class Denoiser(Protocol):
+    """x: [B, C, F, H, W], levels: one per frame, first: number of the first frame. Returns x0 like x, or None
+    for a silent ("clean", "recache") phase. `replace_text` switches to prompt number `segment`; `forget`
+    empties the store."""
+
+    def __call__(self, x: Tensor, levels: Sequence[Level], first: int, phase: Phase) -> Tensor | None: ...
+
+    def replace_text(self, segment: int) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+@dataclass
+class Condition:
+    """One branch of guidance: its prompts, one per segment of the track, and its own memory.
+
+    prompts: each [B, 512, text_dim] in the compute dtype.
+    """
+
+    prompts: Sequence[Tensor]
+    memory: Memory
+    text: TextState = field(init=False)
+
+    def __post_init__(self):
+        self.text = TextState(self.prompts[0])
+
+
+@dataclass
+class NetworkDenoiser:
+    """Runs a Wan module tree for one condition, or for two with classifier-free guidance.
+
+    conditions: (positive,) or (positive, negative); guidance: v = v_neg + guidance * (v_pos - v_neg).
+    forwards counts network calls.
+    """
+
+    net: Any
+    conditions: Sequence[Condition]
+    guidance: float = 1.0
+    ops: Ops = Ops()
+    dtype: torch.dtype = torch.float32
+    forwards: int = 0
+
+    def __call__(self, x: Tensor, levels: Sequence[Level], first: int, phase: Phase) -> Tensor | None:
+        velocities = [self._velocity(c, x, levels, first, phase) for c in self.conditions]
+        if velocities[0] is None:
+            return None
+        velocity = velocities[0]
+        if len(velocities) == 2:
+            velocity = velocities[1] + self.guidance * (velocities[0] - velocities[1])
+        return x0_from_velocity(x, velocity.to(x.dtype), [level.sigma for level in levels])
+
+    def replace_text(self, segment: int) -> None:
+        for condition in self.conditions:
+            condition.text = TextState(condition.prompts[min(segment, len(condition.prompts) - 1)])
+
+    def forget(self) -> None:
+        for condition in self.conditions:
+            condition.memory.forget()
+
+    @torch.no_grad()
+    def _velocity(self, condition: Condition, x: Tensor, levels: Sequence[Level], first: int, phase: Phase):
+        self.forwards += 1
+        timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
+        memory = condition.memory.begin(first, x.shape[2], phase)
+        return forward(self.net, x.to(self.dtype), timesteps, condition.text, memory, self.ops)

@@ -1,0 +1,83 @@
+"""What one condition remembers, and the pass through which a layer meets it.
+
+Order of work inside `Pass.exchange`, always: evict -> write -> read. The network sees nothing but a pass; it
+never learns which policy made it.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .plan import Call, Phase, Plan
+from .policies import Policy
+from .rope import Rope, rotate
+from .store import Store
+
+
+class Exchange(Protocol):
+    """All that a layer knows of memory. `silent` passes stop after the last layer's keys and values."""
+
+    silent: bool
+
+    def exchange(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor, Tensor]: ...
+
+
+@dataclass
+class Pass:
+    """One forward with its plan. q, k, v are raw projections [B, n, H, D] of the call's frames.
+
+    `exchange` stores k and v as planned and returns the rotated q and the rotated keys and the values to
+    attend to. With q None (the last layer of a silent pass) it only stores.
+    """
+
+    plan: Plan
+    call: Call
+    store: Store
+    rope: Rope
+
+    def __post_init__(self):
+        self.silent = self.call.phase != "noisy"
+        self._turn = self.rope.table(self.plan.query)
+        self._kept = [self.call.span.index(frame) for frame in self.plan.write]
+        self.store.place(self.plan)
+
+    def exchange(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        roped = rotate(k, self._turn)
+        kept = (self._clip(t) for t in (k, roped, v))
+        self.store.write(layer, self.plan.write, *kept)
+        self.store.align(layer, self.plan, self.rope)
+        keys, values = (k, v) if q is None else self.store.read(layer, self.plan, self.rope)
+        if layer == self.store.layers - 1:
+            self.store.settle(self.plan)
+        return None if q is None else rotate(q, self._turn), keys, values
+
+    def _clip(self, t: Tensor) -> Tensor:
+        """The frames of the call that the plan keeps (all but a few, and only in a recache)."""
+        if len(self._kept) == self.call.frames:
+            return t
+        return t.unflatten(1, (self.call.frames, -1))[:, self._kept].flatten(1, 2)
+
+
+@dataclass
+class Memory:
+    """Store and policy of one condition; CFG has two of them.
+
+    Built per run and dropped with it. `begin` makes the pass for the next forward.
+    """
+
+    policy: Policy
+    store: Store
+    rope: Rope
+
+    def begin(self, first: int, frames: int, phase: Phase) -> Pass:
+        call = Call(first, frames, phase, self.store.frames)
+        return Pass(self.policy.plan(call), call, self.store, self.rope)
+
+    def forget(self) -> None:
+        """Drop every frame (a recache that also renews the sink starts with this)."""
+        self.store.clear()
+
+    def free(self) -> None:
+        self.store.free()

@@ -1,0 +1,38 @@
+"""Cache policies: small objects that turn a `Call` into a `Plan`.
+
+A policy decides which past frames a forward may attend to, where they stand in time, what is kept and what is
+evicted. It sees frame numbers only, never tensors of the network, and is built per run from a frozen options
+dataclass. A new policy is one file in this folder and one row in `KINDS` (see CONTRIBUTING.md).
+"""
+from __future__ import annotations
+
+from typing import Callable, Protocol
+
+from ..errors import ForcingError
+from ..plan import Call, Plan
+from ..store import Keys
+from .window import Window, WindowOptions
+
+
+class Policy(Protocol):
+    """`capacity`: latent frames the store must hold. `keys`: the key arrangement the store needs."""
+
+    capacity: int
+    keys: Keys
+
+    def plan(self, call: Call) -> Plan: ...
+
+
+# kind -> (options dataclass, constructor from (options, frames of the whole video))
+KINDS: dict[str, tuple[type, Callable[..., Policy]]] = {
+    "window": (WindowOptions, Window),
+}
+
+
+def build(options, frames: int) -> Policy:
+    """The policy for one run. `frames`: latent frames of the whole video, given ones included."""
+    for kind, make in KINDS.values():
+        if type(options) is kind:
+            return make(options, frames)
+    raise ForcingError(f"{type(options).__name__} is not the options of a known cache policy. "
+                       f"Known kinds: {', '.join(KINDS)}.")

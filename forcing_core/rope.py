@@ -1,0 +1,71 @@
+"""Three-axis rotary embedding of Wan 2.1 at any temporal position.
+
+Axis legend: n token, p complex pair (head_dim / 2), s tokens of one latent frame.
+
+Angles are computed in float64 from exact positions; only their cosines and sines are rounded to float32.
+Positions in the compute dtype would be wrong above 256 frames in bfloat16.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+THETA = 10000.0
+TABLE_ROWS = 1024  # rows of the published table: the largest usable absolute position is 1023
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Real dimensions of (time, height, width): 44, 42, 42 for a head of 128."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def angles(positions: Sequence[float], dim: int) -> Tensor:
+    """float64 [len(positions), dim // 2]: pair i of an axis turns by position * 10000^(-2i / dim)."""
+    scale = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    return torch.outer(torch.tensor(list(positions), dtype=torch.float64), 1.0 / THETA ** scale)
+
+
+def _matrices(angle: Tensor) -> Tensor:
+    """[..., p] float64 angles -> [..., p, 2, 2] float32 rotation matrices."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).float()
+
+
+@dataclass
+class Rope:
+    """Rotation tables for one grid of tokens.
+
+    grid: (rows, columns) of tokens in a latent frame; head_dim: real dimensions of a head.
+    """
+
+    grid: tuple[int, int]
+    head_dim: int
+    device: torch.device | str = "cpu"
+    _space: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self):
+        _, dim_h, dim_w = axis_dims(self.head_dim)
+        rows, columns = self.grid
+        h = _matrices(angles(range(rows), dim_h))[:, None].expand(-1, columns, -1, -1, -1)
+        w = _matrices(angles(range(columns), dim_w))[None].expand(rows, -1, -1, -1, -1)
+        self._space = torch.cat([h, w], dim=2).flatten(0, 1).to(self.device)
+
+    def table(self, positions: Sequence[float]) -> Tensor:
+        """float32 [1, frames*s, 1, p, 2, 2] for whole frames at these temporal positions."""
+        time = _matrices(angles(positions, axis_dims(self.head_dim)[0])).to(self.device)
+        frames, tokens = time.shape[0], self._space.shape[0]
+        time = time[:, None].expand(-1, tokens, -1, -1, -1)
+        space = self._space[None].expand(frames, -1, -1, -1, -1)
+        return torch.cat([time, space], dim=2).flatten(0, 1)[None, :, None]
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent pairs of x [B, n, heads, head_dim] by `table` [1, n, 1, p, 2, 2]; math in float32."""
+    pairs = x.to(table.dtype).reshape(*x.shape[:-1], -1, 1, 2)
+    out = table[..., 0] * pairs[..., 0]
+    out.addcmul_(table[..., 1], pairs[..., 1])
+    return out.reshape(x.shape).type_as(x)

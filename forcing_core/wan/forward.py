@@ -1,0 +1,155 @@
+"""The causal forward of Wan 2.1 over any module tree that has Wan's submodules.
+
+Axis legend: B batch, C latent channel, F latent frame, h/w latent size, S tokens a frame, n = F*S tokens,
+D width, H heads, d head_dim.
+
+Modules are called, never opened: what a weight is (LoRA-patched, fp8, GGUF, paged) stays the owner's business.
+Arithmetic follows arXiv 2503.20314 and the public repo guandeh17/Self-Forcing: per-frame timesteps, raw
+(un-modulated-in-time) norms, no gate on cross-attention, no mask anywhere.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import backend
+from ..errors import ForcingError
+from ..memory import Exchange
+from .text import TextState
+
+
+def _own_parameter(parameter: Tensor, like: Tensor) -> Tensor:
+    return parameter.to(like)
+
+
+def _cross_attention(layer: int, block: nn.Module, x: Tensor, text: TextState, ops: "Ops", net: Any) -> Tensor:
+    """Cross-attention of normed x [B, n, D] with the prompt's cached keys and values."""
+    attention = block.cross_attn
+    k, v = text.keys_values(layer, attention, net.text_embedding)
+    return attention.o(_attend(ops, attention.norm_q(attention.q(x)), k, v, net.num_heads))
+
+
+def _whole_block(layer: int, run: Callable[[Tensor], Tensor], x: Tensor, extras: dict) -> Tensor:
+    return run(x)
+
+
+def _unchanged(layer: int, x: Tensor, **_) -> Tensor:
+    return x
+
+
+def _eager(fn: Callable) -> Callable:
+    return fn
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What a host may replace. The defaults are plain torch.
+
+    attention: (q, k, v) [B, n, H, d] -> [B, n, H, d]. parameter: a raw Parameter, as the compute dtype of a
+    tensor. cross_attention: as `_cross_attention`. around_block, after_self_attention, after_cross_attention:
+    places where a host's patches act. sinusoid: dtype of the timestep embedding's angles. compile: wraps
+    the two pure halves of a layer (the store stays outside of what is compiled).
+    """
+
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = backend("sdpa")
+    parameter: Callable[[Tensor, Tensor], Tensor] = _own_parameter
+    cross_attention: Callable[..., Tensor] = _cross_attention
+    around_block: Callable[..., Tensor] = _whole_block
+    after_self_attention: Callable[..., Tensor] = _unchanged
+    after_cross_attention: Callable[..., Tensor] = _unchanged
+    sinusoid: torch.dtype = torch.float64
+    compile: Callable[[Callable], Callable] = _eager
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """[m] timesteps (0..1000) -> [m, dim] of [cos | sin] with angles computed in `dtype`."""
+    half = dim // 2
+    exponent = -torch.arange(half, dtype=dtype, device=timesteps.device).div(half)
+    angle = torch.outer(timesteps.to(dtype), torch.pow(10000, exponent))
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """[B, n, D] projections -> [B, n, D]."""
+    return ops.attention(*(t.unflatten(2, (heads, -1)) for t in (q, k, v))).flatten(2)
+
+
+def _modulation(block: nn.Module, e: Tensor, like: Tensor, ops: Ops) -> tuple[Tensor, ...]:
+    """e [B, F, 6, D] -> shift, scale, gate (self-attention), shift, scale, gate (ffn), each [B, F, 1, D]."""
+    return tuple(m.unsqueeze(2) for m in (ops.parameter(block.modulation, like).unsqueeze(0) + e).unbind(2))
+
+
+def _frames(x: Tensor, m: Tensor) -> Tensor:
+    """View tokens [B, n, D] by frame [B, F, S, D], so that per-frame modulation broadcasts."""
+    return x.unflatten(1, (m.shape[1], -1))
+
+
+def keys_and_values(block: nn.Module, x: Tensor, m: Sequence[Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(modulated input, k, v): the first half of a layer up to what a store keeps. k, v [B, n, H, d]."""
+    y = torch.addcmul(m[0], block.norm1(_frames(x, m[0])), 1 + m[1]).flatten(1, 2)
+    attention = block.self_attn
+    k = attention.norm_k(attention.k(y)).unflatten(2, (heads, -1))
+    return y, k, attention.v(y).unflatten(2, (heads, -1))
+
+
+def feed_forward(block: nn.Module, x: Tensor, m: Sequence[Tensor]) -> Tensor:
+    y = block.ffn(torch.addcmul(m[3], block.norm2(_frames(x, m[3])), 1 + m[4]).flatten(1, 2))
+    return torch.addcmul(_frames(x, m[5]), _frames(y, m[5]), m[5]).flatten(1, 2)
+
+
+class _Run:
+    """One forward: what all layers share. Lives as long as the forward does."""
+
+    def __init__(self, net: Any, text: TextState, memory: Exchange, e: Tensor, ops: Ops):
+        self.net, self.text, self.memory, self.e, self.ops = net, text, memory, e, ops
+        self.first_half, self.ffn = ops.compile(keys_and_values), ops.compile(feed_forward)
+
+    def layer(self, index: int, block: nn.Module, x: Tensor) -> Tensor | None:
+        """One layer. Returns None after the last layer of a silent pass: its keys are all that is wanted."""
+        ops, heads = self.ops, self.net.num_heads
+        m = _modulation(block, self.e, x, ops)
+        y, k, v = self.first_half(block, x, m, heads)
+        if self.memory.silent and index == len(self.net.blocks) - 1:
+            self.memory.exchange(index, None, k, v)
+            return None
+        attention = block.self_attn
+        q = attention.norm_q(attention.q(y)).unflatten(2, (heads, -1))
+        q, keys, values = self.memory.exchange(index, q, k, v)
+        y = ops.attention(q, keys, values).flatten(2)
+        y = attention.o(ops.after_self_attention(index, y, q=q, k=keys))
+        x = torch.addcmul(_frames(x, m[2]), _frames(y, m[2]), m[2]).flatten(1, 2)
+        x = x + ops.cross_attention(index, block, block.norm3(x), self.text, ops, self.net)
+        x = ops.after_cross_attention(index, x)
+        return self.ffn(block, x, m)
+
+
+def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exchange, ops: Ops) -> Tensor | None:
+    """Velocity of the call's frames, [B, C, F, h, w], or None for a silent (clean, recache) pass.
+
+    net: our WanModel or ComfyUI's. x: [B, C, F, h, w] in the compute dtype, h and w even. timesteps: float32
+    [B, F], 0..1000. Raises ForcingError for odd sizes.
+    """
+    if x.shape[3] % net.patch_size[1] or x.shape[4] % net.patch_size[2]:
+        raise ForcingError(f"A latent of {x.shape[3]}x{x.shape[4]} does not divide into 2x2 patches. "
+                           "Use a width and a height divisible by 16 pixels.")
+    tokens = net.patch_embedding(x.float()).to(x.dtype)
+    grid = tokens.shape[2:]
+    tokens = tokens.flatten(2).transpose(1, 2)
+    e = net.time_embedding(timestep_embedding(timesteps.flatten(), net.freq_dim, ops.sinusoid).to(x.dtype))
+    e = e.unflatten(0, timesteps.shape)
+    run = _Run(net, text, memory, net.time_projection(e).unflatten(2, (6, -1)), ops)
+    for index, block in enumerate(net.blocks):
+        step = lambda y, i=index, b=block: run.layer(i, b, y)  # noqa: E731
+        tokens = ops.around_block(index, step, tokens, {"e": run.e, "text": text})
+        if tokens is None:
+            return None
+    return unpatchify(net.head(tokens, e), grid, net.patch_size, net.out_dim)
+
+
+def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
+    """[B, n, pt*ph*pw*C] (channel fastest) -> [B, C, F, h, w]."""
+    x = tokens.unflatten(1, tuple(grid)).unflatten(4, (*patch, channels))
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,38 @@
+"""Cross-attention keys and values of one prompt, computed once a run.
+
+The network attends to all 512 rows, zero padding included: padding is zeroed before the text embedding and
+is never masked.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def pad_rows(context: Tensor, rows: int = 512) -> Tensor:
+    """[B, n, text_dim] -> [B, rows, text_dim] with zero rows at the end; longer input is cut."""
+    missing = rows - context.shape[1]
+    return context[:, :rows] if missing <= 0 else torch.nn.functional.pad(context, (0, 0, 0, missing))
+
+
+class TextState:
+    """One prompt (or batch of prompts), [B, 512, text_dim] in the compute dtype.
+
+    `embedded` is the prompt after `text_embedding`; `keys_values(layer, attention)` its cached projections.
+    """
+
+    def __init__(self, context: Tensor):
+        self.context = context
+        self._embedded: Tensor | None = None
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def embedded(self, text_embedding: nn.Module) -> Tensor:
+        if self._embedded is None:
+            self._embedded = text_embedding(self.context)
+        return self._embedded
+
+    def keys_values(self, layer: int, attention: nn.Module, text_embedding: nn.Module) -> tuple[Tensor, Tensor]:
+        if layer not in self._cache:
+            context = self.embedded(text_embedding)
+            self._cache[layer] = attention.norm_k(attention.k(context)), attention.v(context)
+        return self._cache[layer]
