@@ -6,6 +6,6 @@ at one level; `fresh(step)` is new noise mixed in after a step. All tensors are 
 from .consistency import consistency
 from .unipc import unipc
 
-SOLVERS = {"consistency": consistency, "unipc": unipc}
+SOLVERS = {"renoise": consistency, "unipc": unipc}
 
 __all__ = ["SOLVERS", "consistency", "unipc"]

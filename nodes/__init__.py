@@ -1,0 +1,34 @@
+"""The V3 nodes. One file a topic; each node looks things up, builds options and calls forcing_core."""
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .cache import ForcingCache, ForcingPlanView
+from .guiding import ForcingGuider
+from .latents import ForcingEmptyLatent, ForcingExtend, ForcingStartImage
+from .loading import ForcingLoadCheckpoint
+from .sampling import ForcingPreset, ForcingSampler, ForcingSigmas
+
+NODES: list[type[io.ComfyNode]] = [
+    ForcingLoadCheckpoint,
+    ForcingPreset,
+    ForcingSampler,
+    ForcingSigmas,
+    ForcingCache,
+    ForcingGuider,
+    ForcingEmptyLatent,
+    ForcingStartImage,
+    ForcingExtend,
+    ForcingPlanView,
+]
+
+
+class ForcingExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> ForcingExtension:
+    return ForcingExtension()

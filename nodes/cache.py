@@ -1,0 +1,95 @@
+"""The cache policy as a socket of its own, and the picture of what it does."""
+from __future__ import annotations
+
+import comfy.model_management as mm
+from comfy_api.latest import io, ui
+
+from ..forcing_core import plan_view
+from ..forcing_core.errors import ForcingError
+from ..forcing_core.policies import WindowOptions
+from ..forcing_core.rope import TABLE_ROWS
+from .common import CATEGORY, Cache
+from .host import shape_of
+from .sampler import CausalSampler, given_frames
+
+POSITIONS = ["absolute", "relative", "rebased"]
+
+
+class ForcingCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ForcingCache",
+            display_name="Forcing Cache",
+            category=CATEGORY,
+            description="What past frames each block may attend to. Memory and time per block are constant once the window "
+                        "is full, so the video can be as long as you like.",
+            search_aliases=["kv cache", "window", "sink", "long video"],
+            inputs=[
+                io.Int.Input("window", default=12, min=0, max=4096,
+                             tooltip="Latent frames a block may see, the sink and the block itself included. 12 is LongLive's, "
+                                     "21 the training length of most models. 0: everything, memory grows with length."),
+                io.Int.Input("sink", default=3, min=0, max=4096,
+                             tooltip="First latent frames of the video that are never dropped; they anchor identity and "
+                                     "colours. Part of the window. 3 for LongLive, 0 for plain Self Forcing."),
+                io.Combo.Input("positions", options=POSITIONS, default="relative",
+                               tooltip="Temporal positions of past frames. absolute: as trained, ends at 1024 latent frames (4 "
+                                       "min 15 s). relative: counted inside the window, no limit. rebased: absolute until the "
+                                       "limit, then everything but the sink slides along."),
+                io.Int.Input("position_limit", default=TABLE_ROWS, min=2, max=TABLE_ROWS, advanced=True,
+                             tooltip="First position that is never used with rebased positions. 21 keeps them inside the range "
+                                     "that most models were trained on."),
+                io.Boolean.Input("compact", default=False, advanced=True,
+                                 tooltip="A third less memory where positions move (relative, rebased), a little slower: keys "
+                                         "are rotated at every read instead of being kept rotated."),
+            ],
+            outputs=[Cache.Output(display_name="cache")],
+        )
+
+    @classmethod
+    def execute(cls, window, sink, positions, position_limit=TABLE_ROWS, compact=False) -> io.NodeOutput:
+        return io.NodeOutput(WindowOptions(window=window or None, sink=sink, block=1, positions=positions,
+                                           limit=position_limit, compact=compact))
+
+
+class ForcingPlanView(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ForcingPlanView",
+            display_name="Forcing Plan View",
+            category=CATEGORY,
+            description="Draws, before anything runs, which past frames each block attends to, where its sinks stand in time, "
+                        "and the exact bytes the KV store will take.",
+            search_aliases=["vram estimate", "cache visualizer"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will run: layers, width and compute type set the bytes."),
+                io.Sampler.Input("sampler", tooltip="From Forcing Preset or Forcing Sampler."),
+                io.Latent.Input("latent", tooltip="The latent that will be sampled: length, size, batch, given frames."),
+                io.Int.Input("conditions", default=1, min=1, max=64,
+                             tooltip="Conditions with a store of their own: 1 for distilled models, 2 with cfg other than 1."),
+            ],
+            outputs=[io.Image.Output(tooltip="The picture."),
+                     io.String.Output(id="memory", display_name="memory", tooltip="One line with the store's bytes."),
+                     io.Int.Output(id="bytes", display_name="bytes", tooltip="The store's bytes as a number.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, sampler, latent, conditions) -> io.NodeOutput:
+        if not isinstance(sampler, CausalSampler):
+            raise ForcingError("This SAMPLER is not a causal rollout. Connect Forcing Preset or Forcing Sampler.")
+        options, samples = sampler.rollout, latent["samples"]
+        shape = shape_of(model.model, samples.shape)
+        given = given_frames(samples, _full_mask(latent))
+        store = plan_view.StoreShape(layers=shape.layers, dim=shape.dim, height=shape.height, width=shape.width,
+                                     batch=shape.batch, conditions=conditions,
+                                     element_size=mm.dtype_size(model.model.get_dtype_inference()))
+        table = plan_view.simulate(options.cache, shape.frames, given=given, independent_first=options.independent_first)
+        image, memory = plan_view.draw(table, store), plan_view.announce(options.cache, shape.frames, store)
+        return io.NodeOutput(image, memory.text, memory.bytes, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _full_mask(latent: dict):
+    mask = latent.get("noise_mask")
+    return None if mask is None else mask.expand(1, 1, latent["samples"].shape[2], *mask.shape[3:])

@@ -1,0 +1,325 @@
+"""The only file that touches ComfyUI's internals: how a rollout runs over the model that ComfyUI manages.
+
+A rollout calls the guider as any sampler does, so CFG, several conditions, hooks and patches stay ComfyUI's.
+Per run, one wrapper on DIFFUSION_MODEL replaces the network's own forward by the causal one; it lives in the
+run's copy of model_options and dies with it. Weights are reached only through the stock modules.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from dataclasses import dataclass, field
+from importlib import metadata, util
+
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_management as mm
+import torch
+from comfy.ldm.wan.ar_model import CausalWanModel
+from comfy.ldm.wan.model import WanModel
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappers_with_key
+from torch import Tensor
+
+from ..forcing_core.errors import ForcingError
+from ..forcing_core.memory import Memory
+from ..forcing_core.options import RolloutOptions
+from ..forcing_core.plan import Phase
+from ..forcing_core.policies import build
+from ..forcing_core.rope import Rope
+from ..forcing_core.schedule import Level
+from ..forcing_core.store import Store, store_bytes
+from ..forcing_core.wan import Ops, TextState, forward
+
+log = logging.getLogger(__name__)
+KEY = "forcing"
+# helpers that skip or cut forwards; with a KV store a skipped forward is a hole in memory
+REFUSED_WRAPPERS = {"easycache": "EasyCache", "lazycache": "LazyCache"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one run: batch, latent frames, latent height and width, and those of the network."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    layers: int
+    dim: int
+    heads: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.height // 2, self.width // 2
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+
+def network(base_model):
+    """The plain Wan 2.1 text-to-video network of a loaded model, or ForcingError saying what it is instead."""
+    net = base_model.diffusion_model
+    net = getattr(net, "_orig_mod", net)
+    if type(net) not in (WanModel, CausalWanModel):
+        raise ForcingError(f"This model is a {type(net).__name__}, not a plain Wan 2.1 text-to-video network. "
+                           "Load a causal 1.3B or 14B text-to-video checkpoint of the Self Forcing family.")
+    if net.model_type != "t2v" or net.in_dim != net.out_dim:
+        raise ForcingError("This is a Wan image-to-video checkpoint; causal checkpoints are text-to-video and take "
+                           "a start image through Forcing Start Image. Load a checkpoint of the Self Forcing family.")
+    return net
+
+
+def shape_of(base_model, latent_shape) -> Shape:
+    """Sizes of a run on [B, C, F, H, W] latents; raises ForcingError for latents the network cannot take."""
+    net = network(base_model)
+    if len(latent_shape) != 5:
+        raise ForcingError(f"A video latent [batch, channels, frames, height, width] is needed, not {list(latent_shape)}. "
+                           "Use Forcing Empty Latent.")
+    batch, channels, frames, height, width = latent_shape
+    if channels != net.out_dim:
+        raise ForcingError(f"The latent has {channels} channels but this model works on {net.out_dim}. "
+                           "Use Forcing Empty Latent, and a VAE of the same model family.")
+    if height % 2 or width % 2:
+        raise ForcingError(f"A latent of {width}x{height} ({width * 8}x{height * 8} pixels) does not divide into patches. "
+                           "Use a width and a height divisible by 16.")
+    return Shape(batch, frames, height, width, len(net.blocks), net.dim, net.num_heads)
+
+
+def policy_for(options: RolloutOptions, frames: int):
+    return build(options.cache, frames)
+
+
+def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, conditions: int = 1) -> int:
+    """Exact bytes that the stores of a run will take."""
+    policy = policy_for(options, shape.frames)
+    return conditions * store_bytes(layers=shape.layers, capacity=policy.capacity, frame_tokens=shape.tokens,
+                                    dim=shape.dim, batch=shape.batch, element_size=element_size, keys=policy.keys)
+
+
+def count_conditions(guider) -> int:
+    """Conditions that get a store of their own: every positive one, the negative ones unless cfg is 1."""
+    conds = getattr(guider, "conds", {})
+    off = math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+    return sum(len(c) for name, c in conds.items() if c and not (off and name == "negative"))
+
+
+def run_bytes(guider, options: RolloutOptions, latent_shape) -> int:
+    """Bytes of all stores of a run under this guider, before it starts."""
+    model = guider.model_patcher.model
+    size = mm.dtype_size(model.get_dtype_inference())
+    return announced_bytes(options, shape_of(model, latent_shape), size, max(1, count_conditions(guider)))
+
+
+# -- memory: tell ComfyUI about the stores before it places weights ------------------------------------------
+
+def _reserving(extra: int, frames: int):
+    """PREPARE_SAMPLING wrapper: activations of `frames` latent frames, not of the whole video, plus the stores."""
+    def wrapper(executor, model, noise_shape, *args, **kwargs):
+        inner = model.model
+        plain = inner.memory_required
+        inner.memory_required = lambda *a, **k: plain(*a, **k) + extra
+        try:
+            return executor(model, [*noise_shape[:2], min(noise_shape[2], frames), *noise_shape[3:]], *args, **kwargs)
+        finally:
+            del inner.memory_required
+    return wrapper
+
+
+def reserve(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    """OUTER_SAMPLE wrapper carried by our MODELs and guiders: reserve the stores of a rollout, if this is one."""
+    guider, options = executor.class_obj, getattr(sampler, "rollout", None)
+    done = get_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY, guider.model_options, is_model_options=True)
+    if options is not None and not done:  # MODEL and guider may both have brought this wrapper
+        wrapper = _reserving(run_bytes(guider, options, noise.shape), options.block)
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, wrapper, guider.model_options, is_model_options=True)
+    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def make_room(guider, wanted: int) -> None:
+    """For MODELs that reached us without a reservation: free device memory for the stores right before use."""
+    reserved = get_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY, guider.model_options, is_model_options=True)
+    device = guider.model_patcher.load_device
+    if reserved or mm.is_device_cpu(device):
+        return
+    needed = wanted + mm.minimum_inference_memory()
+    if mm.get_free_memory(device) < needed:
+        current = [m for m in mm.current_loaded_models if m.model is guider.model_patcher]
+        mm.free_memory(needed, device, keep_loaded=current)
+    if mm.get_free_memory(device) < needed and not guider.model_patcher.is_dynamic():
+        missing = needed - mm.get_free_memory(device)
+        guider.model_patcher.partially_unload(guider.model_patcher.offload_device, missing)
+
+
+# -- what the causal forward asks of the host -----------------------------------------------------------------
+
+def _mutates_keys(transformer_options: dict) -> bool:
+    """Whether the attention that will run may write to its keys: unknown overrides, and SageAttention 1.x."""
+    if "optimized_attention_override" in transformer_options:
+        return True
+    if host_attention.optimized_attention.__name__ != "attention_sage" or util.find_spec("sageattention") is None:
+        return False
+    return int(metadata.version("sageattention").split(".")[0]) < 2
+
+
+def _attention(transformer_options: dict):
+    copy = _mutates_keys(transformer_options)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = host_attention.optimized_attention(q.flatten(2), (k.clone() if copy else k).flatten(2), v.flatten(2),
+                                                 heads=q.shape[2], transformer_options=transformer_options)
+        return out.unflatten(2, (q.shape[2], -1))
+    return attend
+
+
+def _parameter(parameter: Tensor, like: Tensor) -> Tensor:
+    return mm.cast_to(parameter, dtype=like.dtype, device=like.device)
+
+
+def _around_block(transformer_options: dict):
+    """Give patches that replace a whole block their place, as the stock forward does."""
+    replaced = transformer_options.get("patches_replace", {}).get("dit", {})
+
+    def around(index, run, x, extras):
+        transformer_options["block_index"] = index
+        if ("double_block", index) not in replaced:
+            return run(x)
+        args = {"img": x, "txt": extras["text"].context, "vec": extras["e"], "pe": None,
+                "transformer_options": transformer_options}
+        return replaced[("double_block", index)](args, {"original_block": lambda a: {"img": run(a["img"])}})["img"]
+    return around
+
+
+def _after(patches: list, transformer_options: dict):
+    def apply(index, x, **extra):
+        for patch in patches:
+            x = patch({"x": x, **extra, "transformer_options": transformer_options})
+        return x
+    return apply
+
+
+def _cross_attention(transformer_options: dict):
+    """Cached keys and values of the prompt, unless somebody replaced the module's forward (NAG and the like)."""
+    cached = Ops().cross_attention
+
+    def cross(index, block, x, text, ops, net):
+        if "forward" in vars(block.cross_attn):
+            context = text.embedded(net.text_embedding)
+            return block.cross_attn(x, context, context_img_len=None, transformer_options=transformer_options)
+        return cached(index, block, x, text, ops, net)
+    return cross
+
+
+def _ops(transformer_options: dict, sinusoid: torch.dtype, compile_with) -> Ops:
+    patches = transformer_options.get("patches", {})
+    return Ops(attention=_attention(transformer_options), parameter=_parameter,
+               cross_attention=_cross_attention(transformer_options), around_block=_around_block(transformer_options),
+               after_self_attention=_after(patches.get("attn1_patch", []), transformer_options),
+               after_cross_attention=_after(patches.get("attn2_patch", []), transformer_options),
+               sinusoid=sinusoid, compile=compile_with)
+
+
+# -- the run ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class HostDenoiser:
+    """`Denoiser` over a guider. One memory per condition, keyed by the uuid ComfyUI gives every condition.
+
+    x is float32 [B, C, F, H, W] on the sampling device; answers x0 like x, or None for silent phases.
+    """
+
+    guider: object
+    extra_args: dict
+    options: RolloutOptions
+    shape: Shape
+    memories: dict = field(default_factory=dict)
+    texts: dict = field(default_factory=dict)
+    call: tuple | None = None
+    forwards: int = 0
+
+    def __post_init__(self):
+        model_options = self.extra_args["model_options"]
+        refuse_incompatible(model_options)
+        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, torch.compiler.disable(self._network), model_options,
+                             is_model_options=True)
+        kwargs = model_options.get("torch_compile_kwargs")
+        self._compile = functools.lru_cache(None)(functools.partial(torch.compile, **kwargs)) if kwargs else lambda f: f
+
+    def __call__(self, x: Tensor, levels: tuple[Level, ...], first: int, phase: Phase) -> Tensor | None:
+        mm.throw_exception_if_processing_interrupted()
+        self.call = (levels, first, phase)
+        self.forwards += 1
+        sigma = x.new_full((x.shape[0],), levels[0].sigma)
+        x0 = self.guider(x, sigma, model_options=self.extra_args["model_options"], seed=self.extra_args.get("seed"))
+        return x0 if phase == "noisy" else None
+
+    def replace_text(self, segment: int) -> None:
+        self.texts.clear()
+
+    def forget(self) -> None:
+        for memory in self.memories.values():
+            memory.forget()
+
+    def free(self) -> None:
+        """Drop every store and text cache."""
+        self.memories.clear()
+        self.texts.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.store.nbytes for memory in self.memories.values())
+
+    def _memory(self, key, device) -> Memory:
+        if key not in self.memories:
+            policy = policy_for(self.options, self.shape.frames)
+            store = Store(self.shape.layers, policy.capacity, self.shape.tokens, policy.keys)
+            self.memories[key] = Memory(policy, store, Rope(self.shape.grid, self.shape.dim // self.shape.heads, device))
+        return self.memories[key]
+
+    def _text(self, key, context: Tensor) -> TextState:
+        if key not in self.texts:
+            self.texts[key] = TextState(context)
+        return self.texts[key]
+
+    def _network(self, executor, x: Tensor, timestep: Tensor, context: Tensor, clip_fea=None, time_dim_concat=None,
+                 transformer_options: dict = {}, **kwargs) -> Tensor:
+        """DIFFUSION_MODEL wrapper: the causal forward for every condition of the batch in turn."""
+        levels, first, phase = self.call
+        if x.shape[-2:] != (self.shape.height, self.shape.width):
+            raise ForcingError("A condition covers only part of the picture (area or mask), which a causal rollout "
+                               "cannot do. Remove the area from the conditioning.")
+        net = executor.class_obj
+        transformer_options["total_blocks"], transformer_options["block_type"] = len(net.blocks), "double"
+        transformer_options["grid_sizes"] = (x.shape[2], *self.shape.grid)
+        exact = self.options.noise != "comfy" and mm.supports_fp64(x.device)  # core's own embedding is float32
+        sinusoid = torch.float64 if exact else torch.float32
+        ops = _ops(transformer_options, sinusoid, self._compile)
+        keys = transformer_options["uuids"]
+        parts = [self._condition(net, key, part, text, levels, first, phase, ops)
+                 for key, part, text in zip(keys, x.chunk(len(keys)), context.chunk(len(keys)))]
+        return torch.cat(parts)
+
+    def _condition(self, net, key, x: Tensor, context: Tensor, levels, first: int, phase: Phase, ops: Ops) -> Tensor:
+        timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
+        memory = self._memory(key, x.device).begin(first, x.shape[2], phase)
+        velocity = forward(net, x, timesteps, self._text(key, context), memory, ops)
+        return torch.zeros_like(x) if velocity is None else velocity
+
+
+def refuse_incompatible(model_options: dict) -> None:
+    """Raise ForcingError, by name, for helpers that would leave holes in the store."""
+    if model_options.get("context_handler") is not None:
+        raise ForcingError("Context windows cannot be combined with a causal rollout, which has a window of its own. "
+                           "Remove the Context Windows node; Forcing Cache sets the window.")
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    found = {key for by_key in wrappers.values() for key in by_key}
+    for key, name in REFUSED_WRAPPERS.items():
+        if key in found:
+            raise ForcingError(f"{name} skips forwards, which would leave holes in the KV store. Remove the {name} node.")
+    if KEY in wrappers.get(WrappersMP.DIFFUSION_MODEL, {}):
+        raise ForcingError("Another causal rollout is active on this model. Wait until it is done, or interrupt it.")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a device or host allocation failure."""
+    return mm.is_oom(error) or (isinstance(error, RuntimeError) and "not enough memory" in str(error))

@@ -1,0 +1,206 @@
+"""The SAMPLER object: a causal rollout for SamplerCustomAdvanced and every other node that takes a SAMPLER."""
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import comfy.model_management as mm
+import torch
+from comfy.samplers import Sampler
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..forcing_core.errors import ForcingError
+from ..forcing_core.noise import BlockNoise, CoreNoise, Noise, ReferenceNoise
+from ..forcing_core.options import RolloutOptions, blocks_of, check_sigmas, levels_from
+from ..forcing_core.plan import Block, context_chunks
+from ..forcing_core.rollout import block_rollout
+from ..forcing_core.schedule import renoise
+from ..forcing_core.solvers import SOLVERS
+from .host import HostDenoiser, make_room, network, out_of_memory, run_bytes, shape_of
+
+log = logging.getLogger(__name__)
+
+
+def given_frames(latent: Tensor, mask: Tensor | None) -> int:
+    """How many leading frames the noise mask marks as given (0 = keep, 1 = generate), in latent frames.
+
+    Raises ForcingError for masks that are not whole leading frames.
+    """
+    if mask is None:
+        return 0
+    low, high = mask.amin(dim=(0, 1, 3, 4)), mask.amax(dim=(0, 1, 3, 4))
+    keep = (high < 0.5).tolist()
+    given = keep.index(False) if False in keep else len(keep)
+    whole = bool(((low > 0.999) | (high < 0.001)).all())
+    if any(keep[given:]) or not whole:
+        raise ForcingError("The latent's noise mask covers parts of frames or frames in the middle; a causal rollout can "
+                           "only keep whole frames at the start. Use Forcing Start Image or Forcing Extend.")
+    return given
+
+
+@dataclass
+class _Shifted:
+    """Noise for partial denoising: every block starts from its own latents mixed with noise at the first sigma."""
+
+    inner: Noise
+    latent: Tensor
+    sigma: float
+
+    def initial(self, block: Block) -> Tensor:
+        return renoise(self.latent[:, :, block.first:block.end], self.inner.initial(block), self.sigma)
+
+    def renoise(self, block: Block, step: int) -> Tensor:
+        return self.inner.renoise(block, step)
+
+
+def _noise(options: RolloutOptions, seed: int, clip: Tensor, frames: int) -> Noise:
+    sizes = {"channels": tuple(clip.shape[:2]), "size": tuple(clip.shape[3:]), "device": clip.device}
+    makers = {
+        "block": lambda: BlockNoise(seed, **sizes),
+        "comfy": lambda: CoreNoise(seed, clip),
+        "reference": lambda: ReferenceNoise(seed, **sizes, frames=frames),
+    }
+    return makers[options.noise]()
+
+
+class _Progress:
+    """True progress: one tick a forward, with the newest latents for the preview."""
+
+    def __init__(self, callback, total: int, disable: bool):
+        self.callback, self.total, self.done = callback, total, 0
+        self.bar = tqdm(total=total, disable=disable, desc="Forcing", unit="forward")
+        self.newest: Tensor | None = None
+
+    def tick(self, x: Tensor, x0: Tensor | None) -> None:
+        self.newest = x0 if x0 is not None else self.newest
+        self.bar.update(1)
+        self.done += 1
+        # the last forward's tick is sent by `finish` with everything, so that denoised_output is complete
+        if self.callback is not None and self.newest is not None and self.done < self.total:
+            self.callback(self.done - 1, self.newest[:, :, -1:], x, self.total)
+
+    def finish(self, latents: Tensor) -> None:
+        if self.callback is not None:
+            self.callback(self.total - 1, latents, latents, self.total)
+        self.bar.close()
+
+
+class CausalSampler(Sampler):
+    """Runs `block_rollout` over whatever guider it is given. `rollout` holds the options (read by `host.reserve`)."""
+
+    def __init__(self, rollout: RolloutOptions):
+        self.rollout = rollout
+
+    @torch.no_grad()
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False) -> Tensor:
+        """Latents [B, C, F, H, W], given frames included; fewer frames if it had to stop after a finished block."""
+        run = _Run(self.rollout, model_wrap, sigmas, extra_args, noise, latent_image, denoise_mask)
+        progress = _Progress(callback, run.forwards, disable_pbar)
+        try:
+            latents = run.collect(progress)
+        finally:
+            run.denoiser.free()
+            progress.bar.close()
+        progress.finish(latents)
+        return latents
+
+
+class _Run:
+    """One call of the sampler: checked inputs, then finished blocks collected one by one."""
+
+    def __init__(self, options: RolloutOptions, guider, sigmas, extra_args, noise, latent_image, denoise_mask):
+        values = [float(s) for s in sigmas]
+        check_sigmas(values, options)
+        base = guider.inner_model
+        self.options, self.guider = options, guider
+        self.levels = levels_from(values, options.timesteps)
+        self.first_levels = options.first_sigmas and levels_from(options.first_sigmas, options.timesteps)
+        self.shape = shape_of(base, noise.shape)
+        network(base)
+        self.given = self._given(latent_image, denoise_mask, extra_args, base)
+        count = 0 if self.given is None else self.given.shape[2]
+        self.blocks = blocks_of(self.shape.frames, count, options)
+        self.noise = self._make_noise(values[0], extra_args.get("seed") or 0, noise, latent_image, count)
+        self._warn_about_guidance()
+        make_room(guider, run_bytes(guider, options, noise.shape))
+        self.denoiser = HostDenoiser(guider, extra_args, options, self.shape)
+
+    def _given(self, latent_image, denoise_mask, extra_args, base) -> Tensor | None:
+        """Given latents: leading frames the noise mask keeps, or the start image of core's ARVideoI2V node."""
+        count = given_frames(latent_image, denoise_mask)
+        if count:
+            return latent_image[:, :, :count]
+        settings = extra_args["model_options"].get("transformer_options", {}).get("ar_config", {})
+        initial = settings.get("initial_latent")
+        if initial is None:
+            return None
+        initial = base.process_latent_in(initial).to(latent_image)
+        return initial.expand(self.shape.batch, *initial.shape[1:]) if initial.shape[0] == 1 else initial
+
+    def _make_noise(self, sigma: float, seed: int, clip: Tensor, latent_image, given: int) -> Noise:
+        noise = _noise(self.options, seed, clip, self.shape.frames - given)
+        return noise if sigma >= 1.0 - 1e-6 else _Shifted(noise, latent_image, sigma)
+
+    def _warn_about_guidance(self) -> None:
+        cfg = getattr(self.guider, "cfg", 1.0)
+        if self.options.expected is not None and not self.options.guided and abs(cfg - 1.0) > 1e-6:
+            log.warning("%s is distilled to work without guidance; cfg %.3g doubles the time and memory and usually "
+                        "burns the colours. Set cfg to 1.", self.options.system, cfg)
+
+    @property
+    def forwards(self) -> int:
+        """Rollout steps of the whole run: given chunks, denoising steps and clean passes."""
+        count = 0 if self.given is None else self.given.shape[2]
+        chunks = len(context_chunks(count, self.options.block, self.options.independent_first))
+        first = len(self.first_levels or self.levels)
+        return chunks + first + (len(self.blocks) - 1) * (len(self.levels) + 1)
+
+    def collect(self, progress: _Progress) -> Tensor:
+        parts = [] if self.given is None else [self.given]
+        finished = 0
+        try:
+            for block, latents in self._rollout(progress):
+                if not torch.isfinite(latents).all():
+                    raise ForcingError(_not_finite(block))
+                parts.append(latents)
+                finished += 1
+        except (Exception, mm.InterruptProcessingException) as error:
+            self.denoiser.free()  # before anything else is allocated
+            if not finished or not self._may_keep(error):
+                raise self._explained(error) from error
+            log.error("Stopped after %d of %d blocks; the finished ones are returned. %s", finished, len(self.blocks),
+                      self._explained(error))
+        return torch.cat(parts, dim=2)
+
+    def _rollout(self, progress: _Progress):
+        options = self.options
+
+        def denoise(x, levels, first, phase):
+            x0 = self.denoiser(x, levels, first, phase)
+            progress.tick(x, x0)
+            return x0
+
+        return block_rollout(denoise, self.blocks, self.levels, self.noise, first_levels=self.first_levels,
+                             context=self.given, block=options.block, independent_first=options.independent_first,
+                             context_timestep=options.context_timestep, solver=SOLVERS[options.solver])
+
+    def _may_keep(self, error: BaseException) -> bool:
+        if isinstance(error, mm.InterruptProcessingException):
+            return self.options.keep_on_interrupt
+        return out_of_memory(error) or isinstance(error, ForcingError)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """Turn an allocation failure into a sentence with the numbers and the fix; leave the rest alone."""
+        if not out_of_memory(error):
+            return error
+        need = run_bytes(self.guider, self.options, (self.shape.batch, self.guider.inner_model.diffusion_model.out_dim,
+                                                     self.shape.frames, self.shape.height, self.shape.width))
+        return ForcingError(f"Out of memory: the KV store of this run takes {need / 1e9:.2f} GB beside the model. Use a "
+                            "smaller window (Forcing Cache), a smaller picture, fp8 weights, or fewer conditions.")
+
+
+def _not_finite(block: Block) -> str:
+    return (f"Block {block.index + 1} (latent frames {block.first}-{block.end - 1}) came out as NaN or infinite. "
+            "Load the model in bf16 instead of fp16 or fp8_fast, and check LoRA strengths.")
