@@ -5,6 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from ..errors import ForcingError
 from ..parity import load_network, read_case, run_case
 from ..parity.case import WEIGHTS
@@ -14,6 +16,7 @@ HELP = "compare rollouts with recorded cases of the official implementations"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of *.safetensors cases with weights beside them")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be repeated")
 
 
@@ -42,7 +45,8 @@ def _line(path: Path, net) -> tuple[bool, str]:
 
 def run(args: argparse.Namespace) -> int:
     paths = _paths(args.folder, args.case)
-    net = load_network(args.folder)
+    torch.backends.cudnn.allow_tf32 = False  # the cases are float32; TF32 convolutions are not
+    net = load_network(args.folder, args.device)
     failed = []
     for number, path in enumerate(paths, 1):
         if sys.stderr.isatty():

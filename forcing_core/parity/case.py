@@ -7,7 +7,7 @@ holds the network (official Wan 2.1 T2V names) and its config.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class Case:
     draws: list[dict[str, Any]]
     forwards: list[list[Any]]
     tensors: dict[str, Tensor]
+
+    def to(self, device) -> "Case":
+        """The same case with its tensors on another device."""
+        return replace(self, tensors={key: value.to(device) for key, value in self.tensors.items()})
 
     @property
     def given(self) -> Tensor | None:

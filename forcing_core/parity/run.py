@@ -99,7 +99,7 @@ def _denoiser(case: Case, net: WanModel, prompts: list[list[Tensor]]) -> Network
         policy = build(_look_up(POLICIES, settings, "policy")(settings), frames)
         store = Store(net.config.layers, policy.capacity, rows * columns, policy.keys)
         rope = Rope((rows, columns), net.config.dim // net.config.heads, device)
-        return Condition([text.to(device) for text in texts], Memory(policy, store, rope))
+        return Condition(texts, Memory(policy, store, rope))
 
     return NetworkDenoiser(net, [condition(texts) for texts in prompts], settings.get("guidance", 1.0))
 
@@ -135,9 +135,10 @@ def _expected_forwards(case: Case) -> int:
 def run_case(case: Case, net: WanModel) -> Report:
     """Run a case and compare its final latents. Raises ForcingError for a case of an unknown kind."""
     started = time.perf_counter()
+    case = case.to(net.head.modulation.device)
     latents, forwards = _look_up(ROLLOUTS, case.settings, "rollout")(case, net)
     wanted = case.tensors["latents"].transpose(1, 2)
-    difference = latents.cpu().double() - wanted.double()
+    difference = latents.double() - wanted.double()
     tolerance = case.settings["tolerance"]
     return Report(case.name, float(difference.abs().max()), float(difference.norm() / wanted.double().norm()),
                   tolerance["max_abs"], tolerance["rel_l2"], forwards, _expected_forwards(case),
