@@ -62,9 +62,11 @@ def _rebased(read: tuple[int, ...], span: tuple[int, ...], options: WindowOption
     """
     over = max(0, span[-1] - options.limit + 1)
     sink, rest = read[:options.sink], read[options.sink:]
-    before = (rest[0] - over if rest else span[0] - over) - len(sink)
-    places = tuple(min(f, before + i) for i, f in enumerate(sink)) + tuple(f - over for f in rest)
-    return places, tuple(f - over for f in span)
+    query = tuple(f - over for f in span)
+    if not rest:
+        return sink, query
+    before = rest[0] - over - len(sink)
+    return tuple(min(f, before + i) for i, f in enumerate(sink)) + tuple(f - over for f in rest), query
 
 
 # name -> (read frames, frames of the call, options) -> (positions of the read frames, query positions)
@@ -80,7 +82,7 @@ class Window:
     def __init__(self, options: WindowOptions, frames: int):
         self.capacity = frames if options.window is None else min(options.window, frames)
         if options.positions == "relative":  # counted inside the window: the limit is the window itself
-            options = replace(options, limit=self.capacity)
+            options = replace(options, limit=options.window or max(frames, options.block))
         self.options = options
         moving = frames > options.limit
         self.keys = (Keys.RAW if options.compact else Keys.BOTH) if moving else Keys.ROPED

@@ -1,0 +1,234 @@
+"""How long blocks take, how that changes along a video, and what the store weighs.
+
+A block's time runs from the moment it is asked for until its latents are final, so it holds the clean pass of the
+block before it. Runs of different cases alternate, because a machine that gets warm or busy would otherwise
+favour the first case; every number is a median over runs.
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, Callable, Sequence
+
+import torch
+
+from ..errors import ForcingError
+from ..noise import BlockNoise
+from ..presets import Preset
+from ..wan import WanConfig, WanModel
+from .network import (
+    blocks_of,
+    conditions,
+    latent_size,
+    make_denoiser,
+    preset_rollout,
+    random_network,
+    random_prompt,
+    window_options,
+)
+
+SPAN = 10  # blocks whose median stands for "early" and for "late"
+EARLY = 60  # latent frame up to which a block is early; every window in use is full by then
+WARM_FRAMES = 24
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rollout to time: latent frames, and the window in latent frames (None is everything)."""
+
+    frames: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cases share. size: (width, height) in pixels. changes: further settings of the cache policy."""
+
+    preset: Preset
+    config: WanConfig
+    size: tuple[int, int]
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def options(self, case: Case):
+        return window_options(self.preset, **{**self.changes, "window": case.window})
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over runs. seconds: of the whole rollout; block_seconds: one a block; first_frames: where each block
+    starts; store_bytes: allocated by all conditions; peak_bytes: most memory of the device, None on CPU."""
+
+    frames: int
+    window: int | None
+    sink: int
+    positions: str
+    runs: int
+    seconds: float
+    block_seconds: tuple[float, ...]
+    first_frames: tuple[int, ...]
+    store_bytes: int
+    peak_bytes: int | None
+
+
+class _HostClock:
+    """Marks on the CPU. `read` gives the seconds between neighbouring marks."""
+
+    peak: int | None = None
+
+    def __init__(self):
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        return [b - a for a, b in pairwise(self.marks)]
+
+
+class _CudaClock:
+    """Marks in the stream of the device, so that reading the time does not hold the rollout up."""
+
+    def __init__(self, device: str):
+        self.device, self.marks = device, []
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self.marks.append(event)
+
+    def read(self) -> list[float]:
+        torch.cuda.synchronize(self.device)
+        self.peak = torch.cuda.max_memory_allocated(self.device)
+        return [a.elapsed_time(b) / 1000 for a, b in pairwise(self.marks)]
+
+
+def check_device(device: str) -> None:
+    """Raises ForcingError for a device that this machine or this PyTorch does not have."""
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ForcingError(f"The device {device!r} is not known. Use cpu, cuda or cuda:1.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ForcingError("This PyTorch sees no CUDA device. Use --device cpu, or install a CUDA build of PyTorch.")
+
+
+def measure(setup: Setup, cases: Sequence[Case], runs: int = 3, progress: Callable[[str], None] = lambda _: None,
+            net: WanModel | None = None) -> list[Timing]:
+    """Time every case `runs` times, alternating, after a short warm-up of each.
+
+    net: a network to use instead of a random one of setup.config. Raises ForcingError for bad sizes or lengths.
+    """
+    if runs < 1 or not cases:
+        raise ForcingError(f"{runs} runs of {len(cases)} cases measure nothing. Use at least 1 of each.")
+    check_device(setup.device)
+    for case in cases:  # complain about a bad case before the first minute is spent
+        blocks_of(setup.preset, case.frames)
+        setup.options(case)
+    net = net or random_network(setup.config, 0, setup.device, setup.dtype)
+    for case in cases:
+        progress(f"warming up: {label(case)}")
+        _once(setup, net, Case(min(case.frames, WARM_FRAMES), case.window), 0)
+    results: dict[Case, list] = {case: [] for case in cases}
+    for number in range(runs):
+        for case in cases:
+            progress(f"run {number + 1} of {runs}: {label(case)}")
+            results[case].append(_once(setup, net, case, number))
+    return [_timing(setup, case, results[case]) for case in cases]
+
+
+def label(case: Case) -> str:
+    return f"{case.frames} frames, window {case.window or 'everything'}"
+
+
+@torch.no_grad()
+def _once(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[list[float], int, int | None]:
+    """(seconds of each block, bytes of the stores, peak bytes) of one rollout. Its latents are dropped."""
+    size = latent_size(*setup.size)
+    prompts = [random_prompt(setup.config, i, setup.device, setup.dtype) for i in range(conditions(setup.preset))]
+    denoiser = make_denoiser(net, setup.options(case), case.frames, size, prompts, setup.preset.cfg)
+    noise = BlockNoise(seed, (1, setup.config.in_channels), size, setup.device)
+    clock = _HostClock() if setup.device == "cpu" else _CudaClock(setup.device)
+    clock.mark()
+    for _ in preset_rollout(setup.preset, denoiser, case.frames, noise):
+        clock.mark()
+    seconds = clock.read()
+    return seconds, sum(condition.memory.store.nbytes for condition in denoiser.conditions), clock.peak
+
+
+def _timing(setup: Setup, case: Case, runs: list[tuple[list[float], int, int | None]]) -> Timing:
+    options = setup.options(case)
+    blocks = tuple(median(times) for times in zip(*(seconds for seconds, _, _ in runs), strict=True))
+    peaks = [peak for _, _, peak in runs if peak is not None]
+    return Timing(case.frames, case.window, options.sink, options.positions, len(runs),
+                  median(sum(seconds) for seconds, _, _ in runs), blocks,
+                  tuple(block.first for block in blocks_of(setup.preset, case.frames)), runs[0][1],
+                  max(peaks, default=None))
+
+
+def early_late(timing: Timing) -> dict[str, float] | None:
+    """Block times around frame 60 and at the end: {"early_frame", "late_frame", "early", "late", "ratio"}.
+
+    Seconds are medians of 10 blocks; the last block, which may be a short one, is left out. None for videos that
+    are too short to have two such groups.
+    """
+    whole = range(len(timing.first_frames) - 1)
+    early = [i for i in whole if timing.first_frames[i + 1] <= EARLY][-SPAN:]
+    late = [i for i in whole if i not in early][-SPAN:]
+    if len(early) < SPAN or len(late) < SPAN or late[0] < early[-1]:  # the groups would overlap
+        return None
+    a, b = (median(timing.block_seconds[i] for i in group) for group in (early, late))
+    return {"early_frame": timing.first_frames[early[-1] + 1], "late_frame": timing.first_frames[late[-1] + 1],
+            "early": a, "late": b, "ratio": b / a}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a number depends on: device, PyTorch, threads, system, and the load of the last minute (None on
+    Windows): beside another busy program, timings mean nothing."""
+    cuda = device != "cpu"
+    return {"device": torch.cuda.get_device_name(device) if cuda else _processor(), "kind": device.split(":")[0],
+            "torch": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            "python": platform.python_version(), "system": platform.system(),
+            "architecture": platform.machine()}
+
+
+def _processor() -> str:
+    """The processor's name; platform.processor() is empty or only a family on most Linux systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def record(setup: Setup, timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """JSON rows of rollouts: the timing, early against late, and the shape of the network."""
+    shape = {"preset": setup.preset.name, "dim": setup.config.dim, "layers": setup.config.layers,
+             "width": setup.size[0], "height": setup.size[1], "dtype": str(setup.dtype).removeprefix("torch.")}
+    return [{**shape, **asdict(timing), "early_late": early_late(timing)} for timing in timings]
+
+
+def write_json(path: str | Path, result: dict[str, Any]) -> None:
+    """Write a result, complete or not at all. Raises ForcingError where the place cannot be written to."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ForcingError(f"{path} was not written: {error.strerror or error}. Choose a file in an existing folder "
+                           "with free space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
