@@ -19,16 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from .bench.network import (
-    blocks_of,
-    conditions,
-    latent_size,
-    make_denoiser,
-    preset_rollout,
-    random_network,
-    random_prompt,
-    window_options,
-)
 from .denoiser import NetworkDenoiser
 from .errors import ForcingError
 from .media import ContactSheet, save_png, write_mp4
@@ -36,7 +26,9 @@ from .noise import BlockNoise
 from .policies import WindowOptions
 from .presets import Preset, get
 from .rope import TABLE_ROWS
+from .standalone import blocks_of, conditions, latent_size, make_denoiser, preset_rollout, window_options
 from .wan import WanConfig
+from .wan.random import random_network, random_prompt
 
 if TYPE_CHECKING:
     from numpy import ndarray

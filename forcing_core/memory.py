@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .plan import Call, Phase, Plan
-from .policies import Policy
+from .policies import Policy, build
 from .rope import Rope, rotate
 from .store import Store
 
@@ -81,3 +81,12 @@ class Memory:
 
     def free(self) -> None:
         self.store.free()
+
+
+def make_memory(options, frames: int, *, layers: int, grid: tuple[int, int], head_dim: int, device) -> Memory:
+    """An empty memory for one condition of a video of `frames` latent frames.
+
+    options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame.
+    """
+    policy = build(options, frames)
+    return Memory(policy, Store(layers, policy.capacity, grid[0] * grid[1], policy.keys), Rope(grid, head_dim, device))

@@ -49,18 +49,27 @@ class RolloutOptions:
         object.__setattr__(self, "cache", replace(self.cache, block=self.block))
 
 
+def levels_of(preset: Preset) -> tuple[Level, ...]:
+    """Levels of every block of a preset, noisiest first."""
+    if preset.solver == "unipc":
+        return unipc_levels(preset.step_count, preset.shift)
+    return levels(preset.steps, preset.shift, preset.warp)
+
+
+def first_levels_of(preset: Preset) -> tuple[Level, ...] | None:
+    """Levels of the first generated block where a preset has its own (Causal Forcing++)."""
+    return levels(preset.first_steps, preset.shift, preset.warp) if preset.first_steps else None
+
+
 def sigmas_of(preset: Preset) -> tuple[float, ...]:
     """Sigmas of a preset, noisiest first, with the final 0."""
-    chosen = unipc_levels(preset.step_count, preset.shift) if preset.solver == "unipc" else levels(
-        preset.steps, preset.shift, preset.warp)
-    return tuple(level.sigma for level in chosen) + (0.0,)
+    return tuple(level.sigma for level in levels_of(preset)) + (0.0,)
 
 
 def first_sigmas_of(preset: Preset) -> tuple[float, ...] | None:
-    """Sigmas of the first generated block where a preset has its own (Causal Forcing++), without the final 0."""
-    if preset.first_steps is None:
-        return None
-    return tuple(level.sigma for level in levels(preset.first_steps, preset.shift, preset.warp))
+    """Sigmas of `first_levels_of`, without the final 0."""
+    first = first_levels_of(preset)
+    return None if first is None else tuple(level.sigma for level in first)
 
 
 def _timestep_rule(preset: Preset) -> str:

@@ -1,7 +1,7 @@
 """The cache policy as a socket of its own, and the picture of what it does."""
 from __future__ import annotations
 
-import comfy.model_management as mm
+import comfy.sampler_helpers
 from comfy_api.latest import io, ui
 
 from ..forcing_core import plan_view
@@ -9,7 +9,7 @@ from ..forcing_core.errors import ForcingError
 from ..forcing_core.policies import WindowOptions
 from ..forcing_core.rope import TABLE_ROWS
 from .common import CATEGORY, Cache
-from .host import shape_of
+from .host import element_size, shape_of
 from .sampler import CausalSampler, given_frames
 
 POSITIONS = ["absolute", "relative", "rebased"]
@@ -84,12 +84,13 @@ class ForcingPlanView(io.ComfyNode):
         given = given_frames(samples, _full_mask(latent))
         store = plan_view.StoreShape(layers=shape.layers, dim=shape.dim, height=shape.height, width=shape.width,
                                      batch=shape.batch, conditions=conditions,
-                                     element_size=mm.dtype_size(model.model.get_dtype_inference()))
+                                     element_size=element_size(model))
         table = plan_view.simulate(options.cache, shape.frames, given=given, independent_first=options.independent_first)
         image, memory = plan_view.draw(table, store), plan_view.announce(options.cache, shape.frames, store)
         return io.NodeOutput(image, memory.text, memory.bytes, ui=ui.PreviewImage(image, cls=cls))
 
 
 def _full_mask(latent: dict):
-    mask = latent.get("noise_mask")
-    return None if mask is None else mask.expand(1, 1, latent["samples"].shape[2], *mask.shape[3:])
+    """The noise mask as a sampler will get it, whatever shape a mask node gave it."""
+    mask, samples = latent.get("noise_mask"), latent["samples"]
+    return None if mask is None else comfy.sampler_helpers.prepare_mask(mask, samples.shape, samples.device)

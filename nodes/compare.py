@@ -24,25 +24,14 @@ from comfy.ldm.modules.attention import optimized_attention
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.policies import WindowOptions
 from ..forcing_core.schedule import levels
-from ..forcing_core.wan import WanConfig, WanModel
+from ..forcing_core.wan import WanConfig
+from ..forcing_core.wan.random import random_network, random_prompt
 from .sampler import CausalSampler
 
 BLOCK, SIZE, SEED = 3, (16, 24), 0
 CAUSAL = {"config": '{"transformer": {"causal_ar": true}}'}
 TINY = WanConfig(dim=256, ffn_dim=512, heads=2, layers=2)
 STEPS = (1000, 750, 500, 250)
-
-
-@torch.no_grad()
-def _weights(config: WanConfig) -> dict[str, torch.Tensor]:
-    """A random network of unit gain, so that no layer's output vanishes."""
-    generator = torch.Generator().manual_seed(SEED)
-    state = WanModel(config).state_dict()
-    for name, value in state.items():
-        fan = math.prod(value.shape[1:]) if value.dim() > 1 and not name.endswith("modulation") else 100
-        value.copy_(torch.ones_like(value) if "norm" in name and name.endswith("weight")
-                    else torch.randn(value.shape, generator=generator) / fan ** 0.5)
-    return state
 
 
 def _guider(state: dict, metadata: dict | None, prompt: torch.Tensor) -> comfy.samplers.CFGGuider:
@@ -71,8 +60,8 @@ def compare(cases: Sequence[tuple[int, int | None]], runs: int, progress: Callab
     Core has no window, so its runs see everything. ratio = core_seconds / our_seconds; block times are those
     of a block of 3 latent frames, 4 steps and a clean pass.
     """
-    state = _weights(TINY)
-    prompt = torch.randn(1, TINY.text_len, TINY.text_dim, generator=torch.Generator().manual_seed(SEED + 1))
+    state = random_network(TINY, SEED).state_dict()
+    prompt = random_prompt(TINY, SEED + 1)
     core, ours = _guider(state, CAUSAL, prompt), _guider(state, None, prompt)
     theirs = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": BLOCK})
     rows = []

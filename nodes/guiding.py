@@ -1,11 +1,14 @@
 """The guider: CFG with a store of its own for every condition, and the stores' memory reserved in time."""
 from __future__ import annotations
 
+import math
+
 import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.latest import io
 
+from ..forcing_core.errors import ForcingError
 from .common import CATEGORY
 from .host import KEY, reserve
 
@@ -43,6 +46,8 @@ class ForcingGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, cfg, negative=None) -> io.NodeOutput:
+        if negative is None and not math.isclose(cfg, 1.0):  # ComfyUI would take zeros for the negative's answer
+            raise ForcingError(f"cfg {cfg:g} needs a negative prompt. Connect one, or set cfg to 1.")
         guider = CausalGuider(model)
         conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
         guider.inner_set_conds(conds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata, util
 
@@ -21,13 +22,12 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappe
 from torch import Tensor
 
 from ..forcing_core.errors import ForcingError
-from ..forcing_core.memory import Memory
+from ..forcing_core.memory import Memory, make_memory
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.plan import Phase
 from ..forcing_core.policies import build
-from ..forcing_core.rope import Rope
 from ..forcing_core.schedule import Level
-from ..forcing_core.store import Store, store_bytes
+from ..forcing_core.store import store_bytes
 from ..forcing_core.wan import Ops, TextState, forward
 
 log = logging.getLogger(__name__)
@@ -86,13 +86,9 @@ def shape_of(base_model, latent_shape) -> Shape:
     return Shape(batch, frames, height, width, len(net.blocks), net.dim, net.num_heads)
 
 
-def policy_for(options: RolloutOptions, frames: int):
-    return build(options.cache, frames)
-
-
 def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, conditions: int = 1) -> int:
     """Exact bytes that the stores of a run will take."""
-    policy = policy_for(options, shape.frames)
+    policy = build(options.cache, shape.frames)
     return conditions * store_bytes(layers=shape.layers, capacity=policy.capacity, frame_tokens=shape.tokens,
                                     dim=shape.dim, batch=shape.batch, element_size=element_size, keys=policy.keys)
 
@@ -100,15 +96,23 @@ def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, co
 def count_conditions(guider) -> int:
     """Conditions that get a store of their own: every positive one, the negative ones unless cfg is 1."""
     conds = getattr(guider, "conds", {})
-    off = math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+    always = guider.model_options.get("disable_cfg1_optimization", False)
+    off = math.isclose(getattr(guider, "cfg", 1.0), 1.0) and not always
     return sum(len(c) for name, c in conds.items() if c and not (off and name == "negative"))
+
+
+def element_size(patcher) -> int:
+    """Bytes of a number in the compute type, which is that of the store."""
+    # asked of the patcher: a compute type chosen by a node reaches the model only when it is loaded
+    manual = patcher.get_model_object("manual_cast_dtype")
+    return mm.dtype_size(manual if manual is not None else patcher.model.get_dtype())
 
 
 def run_bytes(guider, options: RolloutOptions, latent_shape) -> int:
     """Bytes of all stores of a run under this guider, before it starts."""
-    model = guider.model_patcher.model
-    size = mm.dtype_size(model.get_dtype_inference())
-    return announced_bytes(options, shape_of(model, latent_shape), size, max(1, count_conditions(guider)))
+    patcher = guider.model_patcher
+    return announced_bytes(options, shape_of(patcher.model, latent_shape), element_size(patcher),
+                           max(1, count_conditions(guider)))
 
 
 # -- memory: tell ComfyUI about the stores before it places weights ------------------------------------------
@@ -198,12 +202,19 @@ def _after(patches: list, transformer_options: dict):
     return apply
 
 
+def _replaced(module) -> bool:
+    """Whether a forward of somebody else is in place. ComfyUI leaves the module's own one behind on the instance
+    when it takes an object patch back."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def _cross_attention(transformer_options: dict):
     """Cached keys and values of the prompt, unless somebody replaced the module's forward (NAG and the like)."""
     cached = Ops().cross_attention
 
     def cross(index, block, x, text, ops, net):
-        if "forward" in vars(block.cross_attn):
+        if _replaced(block.cross_attn):
             context = text.embedded(net.text_embedding)
             return block.cross_attn(x, context, context_img_len=None, transformer_options=transformer_options)
         return cached(index, block, x, text, ops, net)
@@ -240,8 +251,9 @@ class HostDenoiser:
     def __post_init__(self):
         model_options = self.extra_args["model_options"]
         refuse_incompatible(model_options)
-        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, torch.compiler.disable(self._network), model_options,
-                             is_model_options=True)
+        wrappers = model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+        # in place of that of a finished run on the same options, which would answer first
+        wrappers.setdefault(WrappersMP.DIFFUSION_MODEL, {})[KEY] = [torch.compiler.disable(self._network)]
         kwargs = model_options.get("torch_compile_kwargs")
         self._compile = functools.lru_cache(None)(functools.partial(torch.compile, **kwargs)) if kwargs else lambda f: f
 
@@ -271,9 +283,9 @@ class HostDenoiser:
 
     def _memory(self, key, device) -> Memory:
         if key not in self.memories:
-            policy = policy_for(self.options, self.shape.frames)
-            store = Store(self.shape.layers, policy.capacity, self.shape.tokens, policy.keys)
-            self.memories[key] = Memory(policy, store, Rope(self.shape.grid, self.shape.dim // self.shape.heads, device))
+            shape = self.shape
+            self.memories[key] = make_memory(self.options.cache, shape.frames, layers=shape.layers, grid=shape.grid,
+                                             head_dim=shape.dim // shape.heads, device=device)
         return self.memories[key]
 
     def _text(self, key, context: Tensor) -> TextState:
@@ -281,13 +293,13 @@ class HostDenoiser:
             self.texts[key] = TextState(context)
         return self.texts[key]
 
-    def _network(self, executor, x: Tensor, timestep: Tensor, context: Tensor, clip_fea=None, time_dim_concat=None,
-                 transformer_options: dict = {}, **kwargs) -> Tensor:
+    def _network(self, executor, x: Tensor, timestep: Tensor, context: Tensor, clip_fea, time_dim_concat,
+                 transformer_options: dict, **extra) -> Tensor:
         """DIFFUSION_MODEL wrapper: the causal forward for every condition of the batch in turn."""
+        _refuse_extras({"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **extra})
         levels, first, phase = self.call
-        if x.shape[-2:] != (self.shape.height, self.shape.width):
-            raise ForcingError("A condition covers only part of the picture (area or mask), which a causal rollout "
-                               "cannot do. Remove the area from the conditioning.")
+        if x.shape[2:] != (len(levels), self.shape.height, self.shape.width):
+            raise ForcingError(PARTIAL)
         net = executor.class_obj
         transformer_options["total_blocks"], transformer_options["block_type"] = len(net.blocks), "double"
         transformer_options["grid_sizes"] = (x.shape[2], *self.shape.grid)
@@ -306,18 +318,58 @@ class HostDenoiser:
         return torch.zeros_like(x) if velocity is None else velocity
 
 
+def _refuse_extras(extra: dict) -> None:
+    """Conditioning that the causal forward would silently ignore is refused by name."""
+    unused = [name for name, value in extra.items() if value is not None]
+    if unused:
+        raise ForcingError(f"The conditioning carries {', '.join(unused)}, which causal rollouts of this version do not use. "
+                           "Connect plain text conditioning, and give a start image through Forcing Start Image.")
+
+
+PARTIAL = ("A condition covers only part of the picture or of the frames, which a causal rollout cannot do. Remove the "
+           "area from the conditioning.")
+
+
+def refuse_partial_conditions(guider, shape: Shape, first_sigma: float) -> None:
+    """Raise ForcingError for conditions that would skip forwards, and with them the writing of their store."""
+    sizes = (shape.frames, shape.height, shape.width)
+    for cond in (c for side in guider.conds.values() for c in side or ()):
+        area = cond.get("area", ())
+        area = area[:len(area) // 2]
+        if any(part < whole for part, whole in zip(reversed(area), reversed(sizes))):
+            raise ForcingError(PARTIAL)
+        if cond.get("timestep_end", 0.0) > 0 or cond.get("timestep_start", first_sigma) < first_sigma:
+            raise ForcingError("A condition is limited to a range of steps, so it would miss forwards that write its KV "
+                               "store. Remove the timestep range from the conditioning.")
+
+
 def refuse_incompatible(model_options: dict) -> None:
     """Raise ForcingError, by name, for helpers that would leave holes in the store."""
     if model_options.get("context_handler") is not None:
         raise ForcingError("Context windows cannot be combined with a causal rollout, which has a window of its own. "
                            "Remove the Context Windows node; Forcing Cache sets the window.")
+    if "multigpu_clones" in model_options:
+        raise ForcingError("A causal rollout keeps its KV store on one device. Remove the MultiGPU node from this model.")
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     found = {key for by_key in wrappers.values() for key in by_key}
     for key, name in REFUSED_WRAPPERS.items():
         if key in found:
             raise ForcingError(f"{name} skips forwards, which would leave holes in the KV store. Remove the {name} node.")
-    if KEY in wrappers.get(WrappersMP.DIFFUSION_MODEL, {}):
+
+
+_running: set[int] = set()  # ids of networks a rollout is using now; numbers only, emptied by `exclusive`
+
+
+@contextmanager
+def exclusive(net):
+    """One rollout at a time on a network: a second one would mix its forwards into the first one's."""
+    if id(net) in _running:
         raise ForcingError("Another causal rollout is active on this model. Wait until it is done, or interrupt it.")
+    _running.add(id(net))
+    try:
+        yield
+    finally:
+        _running.discard(id(net))
 
 
 def out_of_memory(error: BaseException) -> bool:

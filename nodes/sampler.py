@@ -17,7 +17,8 @@ from ..forcing_core.plan import Block, context_chunks
 from ..forcing_core.rollout import block_rollout
 from ..forcing_core.schedule import renoise
 from ..forcing_core.solvers import SOLVERS
-from .host import HostDenoiser, make_room, network, out_of_memory, run_bytes, shape_of
+from .host import (HostDenoiser, exclusive, make_room, network, out_of_memory, refuse_partial_conditions, run_bytes,
+                   shape_of)
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,12 @@ class CausalSampler(Sampler):
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False) -> Tensor:
         """Latents [B, C, F, H, W], given frames included; fewer frames if it had to stop after a finished block."""
-        run = _Run(self.rollout, model_wrap, sigmas, extra_args, noise, latent_image, denoise_mask)
-        progress = _Progress(callback, run.forwards, disable_pbar)
+        with exclusive(network(model_wrap.inner_model)):
+            run = _Run(self.rollout, model_wrap, sigmas, extra_args, noise, latent_image, denoise_mask)
+            return self._finish(run, _Progress(callback, run.forwards, disable_pbar))
+
+    @staticmethod
+    def _finish(run: "_Run", progress: _Progress) -> Tensor:
         try:
             latents = run.collect(progress)
         finally:
@@ -118,7 +123,7 @@ class _Run:
         self.levels = levels_from(values, options.timesteps)
         self.first_levels = options.first_sigmas and levels_from(options.first_sigmas, options.timesteps)
         self.shape = shape_of(base, noise.shape)
-        network(base)
+        refuse_partial_conditions(guider, self.shape, values[0])
         self.given = self._given(latent_image, denoise_mask, extra_args, base)
         count = 0 if self.given is None else self.given.shape[2]
         self.blocks = blocks_of(self.shape.frames, count, options)
@@ -136,6 +141,9 @@ class _Run:
         initial = settings.get("initial_latent")
         if initial is None:
             return None
+        if initial.shape[1] != latent_image.shape[1] or initial.shape[3:] != latent_image.shape[3:]:
+            raise ForcingError(f"The start image's latent {list(initial.shape)} and the video's {list(latent_image.shape)} "
+                               "differ in size. Connect the LATENT of the same AR Video I2V node.")
         initial = base.process_latent_in(initial).to(latent_image)
         return initial.expand(self.shape.batch, *initial.shape[1:]) if initial.shape[0] == 1 else initial
 
@@ -168,10 +176,13 @@ class _Run:
                 finished += 1
         except (Exception, mm.InterruptProcessingException) as error:
             self.denoiser.free()  # before anything else is allocated
+            explained = self._explained(error)
             if not finished or not self._may_keep(error):
-                raise self._explained(error) from error
+                if explained is error:  # an error that is its own cause would keep the whole run alive
+                    raise
+                raise explained from error
             log.error("Stopped after %d of %d blocks; the finished ones are returned. %s", finished, len(self.blocks),
-                      self._explained(error))
+                      explained)
         return torch.cat(parts, dim=2)
 
     def _rollout(self, progress: _Progress):

@@ -27,15 +27,15 @@ def _is_checkout(place: Path) -> bool:
 
 
 def find_comfyui(repository: Path = REPOSITORY) -> Path:
-    """The ComfyUI checkout: COMFYUI_PATH, or the one whose custom_nodes holds the pack, or comfy-cli's default place."""
+    """The ComfyUI checkout: COMFYUI_PATH, the one whose custom_nodes holds the pack, or comfy-cli's default place."""
     named = os.environ.get("COMFYUI_PATH")
     # asked for by name: another checkout would be a comparison with something else
     around = [p.parent for p in repository.parents if p.name == "custom_nodes"]
     places = [Path(named).expanduser()] if named else [*around, Path.home() / "comfy" / "ComfyUI"]
     found = next((place for place in places if _is_checkout(place)), None)
     if found is None:
-        raise ForcingError(f"--compare needs a ComfyUI checkout, and there is none in {places[0]}. Set COMFYUI_PATH to one, or "
-                           "put this pack into the custom_nodes folder of a ComfyUI.")
+        raise ForcingError(f"--compare needs a ComfyUI checkout, and there is none in {places[0]}. Set COMFYUI_PATH to "
+                           "one, or put this pack into the custom_nodes folder of a ComfyUI.")
     return found.resolve()
 
 

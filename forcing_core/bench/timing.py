@@ -22,17 +22,9 @@ import torch
 from ..errors import ForcingError
 from ..noise import BlockNoise
 from ..presets import Preset
+from ..standalone import blocks_of, conditions, latent_size, make_denoiser, preset_rollout, window_options
 from ..wan import WanConfig, WanModel
-from .network import (
-    blocks_of,
-    conditions,
-    latent_size,
-    make_denoiser,
-    preset_rollout,
-    random_network,
-    random_prompt,
-    window_options,
-)
+from ..wan.random import random_network, random_prompt
 
 SPAN = 10  # blocks whose median stands for "early" and for "late"
 EARLY = 60  # latent frame up to which a block is early; every window in use is full by then

@@ -15,7 +15,7 @@ HELP = "compare rollouts with recorded cases of the official implementations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of *.safetensors cases with weights beside them")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of *.safetensors cases and their weights")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be repeated")
 
@@ -28,7 +28,8 @@ def _paths(folder: Path, names: list[str] | None) -> list[Path]:
     found = {path.stem: path for path in sorted(folder.glob("*.safetensors")) if path.name != WEIGHTS}
     missing = [name for name in names or () if name not in found]
     if missing or not found:
-        raise ForcingError(f"No case {', '.join(missing) or 'at all'} in {folder}. Cases there: {', '.join(found) or 'none'}.")
+        raise ForcingError(f"No case {', '.join(missing) or 'at all'} in {folder}. "
+                           f"Cases there: {', '.join(found) or 'none'}.")
     return [found[name] for name in names] if names else list(found.values())
 
 
@@ -55,5 +56,6 @@ def run(args: argparse.Namespace) -> int:
         print(line, flush=True)
         if not passed:
             failed.append(path.stem)
-    print(f"{len(paths) - len(failed)} of {len(paths)} cases pass" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    names = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{len(paths) - len(failed)} of {len(paths)} cases pass{names}")
     return 1 if failed else 0

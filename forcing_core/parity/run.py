@@ -10,14 +10,12 @@ from torch import Tensor
 
 from ..denoiser import Condition, NetworkDenoiser
 from ..errors import ForcingError
-from ..memory import Memory
+from ..memory import make_memory
 from ..plan import Block, layout
-from ..policies import WindowOptions, build
+from ..policies import WindowOptions
 from ..rollout import Switch, block_rollout
-from ..rope import Rope
 from ..schedule import Level
 from ..solvers import consistency, unipc
-from ..store import Store
 from ..wan import WanModel
 from .case import Case, RecordedNoise
 
@@ -92,14 +90,13 @@ def _levels(timesteps: list[float] | None, sigmas: list[float] | None) -> tuple[
 def _denoiser(case: Case, net: WanModel, prompts: list[list[Tensor]]) -> NetworkDenoiser:
     settings = case.settings
     frames = settings["initial_frames"] + settings["frames_generated"]
-    rows, columns = (side // 2 for side in settings["latent_hw"])
-    device = net.head.modulation.device
+    grid = tuple(side // 2 for side in settings["latent_hw"])
+    options = _look_up(POLICIES, settings, "policy")(settings)
 
     def condition(texts: list[Tensor]) -> Condition:
-        policy = build(_look_up(POLICIES, settings, "policy")(settings), frames)
-        store = Store(net.config.layers, policy.capacity, rows * columns, policy.keys)
-        rope = Rope((rows, columns), net.config.dim // net.config.heads, device)
-        return Condition(texts, Memory(policy, store, rope))
+        return Condition(texts, make_memory(options, frames, layers=net.config.layers, grid=grid,
+                                            head_dim=net.config.dim // net.config.heads,
+                                            device=net.head.modulation.device))
 
     return NetworkDenoiser(net, [condition(texts) for texts in prompts], settings.get("guidance", 1.0))
 

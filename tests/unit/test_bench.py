@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from forcing_pack.forcing_core.bench import Case, Setup, Timing, compare, early_late, machine, measure, write_json
-from forcing_pack.forcing_core.bench.network import random_network
 from forcing_pack.forcing_core.cli import bench as command
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.plan_view import StoreShape, announce
 from forcing_pack.forcing_core.presets import get
 from forcing_pack.forcing_core.wan import WanConfig
+from forcing_pack.forcing_core.wan.random import random_network
 
 TINY = WanConfig(dim=64, ffn_dim=32, heads=2, layers=2, text_dim=8, text_len=4, freq_dim=32)
 SETUP = Setup(get("longlive"), TINY, (32, 16))

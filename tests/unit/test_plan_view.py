@@ -1,7 +1,6 @@
 """The table of plans is what a rollout really does, and the announced bytes are what a store really takes."""
 import pytest
 import torch
-from forcing_pack.forcing_core.bench.network import make_denoiser, preset_rollout, random_network, random_prompt
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.plan_view import (
@@ -16,7 +15,9 @@ from forcing_pack.forcing_core.plan_view import (
 )
 from forcing_pack.forcing_core.policies import WindowOptions
 from forcing_pack.forcing_core.presets import Preset
+from forcing_pack.forcing_core.standalone import make_denoiser, preset_rollout
 from forcing_pack.forcing_core.wan import WanConfig
+from forcing_pack.forcing_core.wan.random import random_network, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
