@@ -69,7 +69,7 @@ class ForcingEmptyLatent(io.ComfyNode):
                 io.Int.Input("width", default=832, min=16, max=8192, step=16,
                              tooltip="Pixels, divisible by 16. The 1.3B models were trained at 832x480."),
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, divisible by 16."),
-                io.Float.Input("length", default=5.0, min=0.25, max=100000.0, step=0.25,
+                io.Float.Input("length", default=5.0, min=0.5, max=100000.0, step=0.5,
                                tooltip="In the unit below. Seconds are rounded to the nearest whole block."),
                 io.Combo.Input("unit", options=UNITS, default="seconds",
                                tooltip="A video of n latent frames has 1 + 4*(n - 1) frames."),
@@ -151,7 +151,7 @@ class ForcingExtend(io.ComfyNode):
             search_aliases=["continue video", "extend video"],
             inputs=[
                 io.Latent.Input("context", tooltip="Latents of the video so far, from a sampler or a VAE encoder."),
-                io.Float.Input("length", default=5.0, min=0.25, max=100000.0, step=0.25, tooltip="How much to add."),
+                io.Float.Input("length", default=5.0, min=0.5, max=100000.0, step=0.5, tooltip="How much to add."),
                 io.Combo.Input("unit", options=["seconds", "latent frames"], default="seconds",
                                tooltip="4 latent frames are 16 frames of video, one second."),
                 io.Int.Input("block", default=3, min=1, max=64, tooltip="Latent frames a block of the model."),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 
+import comfy.model_management as mm
 import comfy.model_sampling
 import comfy.sd
 import comfy.utils
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 AUTO, NONE = "auto", "none"
 WEIGHT_DTYPES = {
     "default": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
@@ -39,6 +42,14 @@ def prepared(model, shift: float):
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, reserve)
     return model
+
+
+def _load_options(weight_dtype: str) -> dict:
+    """Options of ComfyUI's loader. Left alone it takes fp16 on most cards; the family was trained in bf16."""
+    device = mm.get_torch_device()
+    if weight_dtype == "default" and not mm.is_device_cpu(device) and mm.should_use_bf16(device):
+        weight_dtype = "bf16"
+    return dict(WEIGHT_DTYPES[weight_dtype])
 
 
 def _read_lora(name: str, state_dict) -> dict[str, torch.Tensor]:
@@ -70,8 +81,8 @@ class ForcingLoadCheckpoint(io.ComfyNode):
                                tooltip="Which weights of a container to take. auto takes what the system's authors use by "
                                        "default (EMA or not)."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default",
-                               tooltip="default keeps bf16. fp8_e4m3fn halves the memory of the weights for 8-12 GB cards; "
-                                       "the KV store stays in the compute type."),
+                               tooltip="default is bf16, as the models were trained, where the card has it. fp8_e4m3fn halves "
+                                       "the memory of the weights for 8-12 GB cards; the KV store stays in the compute type."),
                 io.Combo.Input("lora", options=[NONE, *folder_paths.get_filename_list("loras")], default=NONE,
                                tooltip="LoRA that belongs to the checkpoint (LongLive's lora.pt), in its original PEFT "
                                        "form. Style LoRAs go through ComfyUI's own LoRA loader."),
@@ -90,7 +101,7 @@ class ForcingLoadCheckpoint(io.ComfyNode):
             log.info("%s", sentence)
         factors = None if lora == NONE else _read_lora(lora, loaded.state_dict)
         model = comfy.sd.load_diffusion_model_state_dict(dict(loaded.state_dict),
-                                                         model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+                                                         model_options=_load_options(weight_dtype))
         if model is None:
             raise ForcingError(f"ComfyUI does not recognise {checkpoint} as a Wan 2.1 model. Use the original file.")
         if factors is not None:

@@ -86,10 +86,10 @@ class Window:
         self.options = options
         moving = frames > options.limit
         self.keys = (Keys.RAW if options.compact else Keys.BOTH) if moving else Keys.ROPED
-        if options.positions == "absolute" and frames > options.limit:
+        if moving and (options.positions == "absolute" or options.window is None):
             raise ForcingError(f"{frames} latent frames need temporal positions past {options.limit - 1}, where "
-                               "absolute positions end. Set positions to 'relative' or 'rebased', or make at most "
-                               f"{options.limit} latent frames.")
+                               f"{options.positions} positions end without a window. Set a window and positions to "
+                               f"'relative' or 'rebased', or make at most {options.limit} latent frames.")
         self._place = POSITIONS[options.positions]
 
     def plan(self, call: Call) -> Plan:

@@ -167,7 +167,7 @@ def test_step_list_in_words():
 
 
 def test_positions_past_the_table(guide):
-    refused("Set positions to 'relative' or 'rebased'", guide(plain()), sampler(block=1), frames=1025)
+    refused("positions to 'relative' or 'rebased'", guide(plain()), sampler(block=1), frames=1025)
 
 
 # -- other nodes ----------------------------------------------------------------------------------------------

@@ -57,9 +57,12 @@ class ComfyPage:
         self.page.wait_for_function(READY, timeout=60_000)
 
     def messages_about(self, word):
-        """Console errors, console warnings and page errors that contain `word` (the rest of the page is noisy)."""
+        """Console errors, console warnings and page errors that contain `word` (the rest of the page is noisy).
+
+        Not those about the model hub: the page asks it for file sizes, and repositories have such words in their names.
+        """
         texts = [text for kind, text in self.console if kind in ("error", "warning")] + self.errors
-        return [text for text in texts if word.lower() in text.lower()]
+        return [text for text in texts if word.lower() in text.lower() and "huggingface.co" not in text]
 
     def evaluate(self, script, argument=None):
         return self.page.evaluate(script, argument)
@@ -90,7 +93,7 @@ class ComfyPage:
 
     def serialize(self):
         """The open graph as a UI-format workflow, exactly as Save would write it."""
-        return self.evaluate("() => app.graph.serialize()")
+        return json.loads(self.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def set_setting(self, name, value):
         """E.g. set_setting("Comfy.VueNodes.Enabled", True); takes effect at once."""

@@ -42,7 +42,8 @@ class ComfyServer(ComfyClient):
     def start(self, timeout=120):
         command = [sys.executable, str(SUPPORT / "launch.py"), str(self.checkout / "main.py"), *FLAGS,
                    "--port", str(self.port), "--base-directory", str(self.base), *self.flags]
-        quiet = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+        # one thread: tiny convolutions on two spin for seconds as soon as anything else runs
+        quiet = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:
             # A session of its own, so that stop() reaches whatever the server started.
             self.process = subprocess.Popen(command, cwd=self.base, env=os.environ | quiet, stdin=subprocess.PIPE,

@@ -1,0 +1,280 @@
+"""Every example workflow: sound as a file, opens in the real frontend, and makes the video its note promises.
+
+The server gets tiny files under the official names, so loaders and paths stay as they are. Only the text encoder
+is replaced, and the size.
+"""
+import importlib
+import itertools
+import json
+import re
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import av
+import jsonschema
+import pytest
+import torch
+from forcing_testkit import tiny
+from PIL import Image
+
+PACK = Path(__file__).resolve().parents[2]
+FOLDER = PACK / "workflows"
+TOOLS = PACK / "tests" / "tools"
+# Latent frames of the finished video.
+FRAMES = {"self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 21, "causal_forcing_framewise_i2v": 21,
+          "causal_forcing_pp_2step_t2v": 21, "longlive_30s": 120, "extend_video": 42, "low_vram_fp8": 21}
+NAMES = sorted(FRAMES)
+# Decoding 30 s takes minutes on a CPU: 14 blocks are still more than the window.
+SHORTER = {"longlive_30s": (10.0, 42)}
+PAGE_NODES = {"MarkdownNote"}  # drawn by the page, unknown to the server
+TITLE = 30
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DOWNLOADABLE = (".safetensors", ".sft", ".ckpt", ".pth", ".pt")  # what the missing-models dialog offers to fetch
+
+PAIR = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+NODE = {"type": "object", "required": ["id", "type", "pos", "size", "flags", "order", "mode", "properties"],
+        "properties": {"id": {"type": "integer"}, "type": {"type": "string"}, "pos": PAIR, "size": PAIR,
+                       "mode": {"const": 0}, "widgets_values": {"type": "array"}}}
+LINK = {"type": "array", "minItems": 6, "maxItems": 6,
+        "prefixItems": [*[{"type": "integer"}] * 5, {"type": "string"}]}
+SCHEMA = {"type": "object", "required": ["id", "revision", "last_node_id", "last_link_id", "nodes", "links", "groups",
+                                         "config", "extra", "version"],
+          "properties": {"version": {"const": 0.4}, "nodes": {"type": "array", "items": NODE, "minItems": 1},
+                         "links": {"type": "array", "items": LINK}}}
+
+
+def read(name):
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def workflow(name):
+    return read(name)
+
+
+@pytest.fixture
+def nodes(workflow):
+    """The nodes that the server knows."""
+    return [node for node in workflow["nodes"] if node["type"] not in PAGE_NODES]
+
+
+@pytest.fixture(scope="module")
+def schemas(comfy_server):
+    return comfy_server.object_info()
+
+
+# -- the file -------------------------------------------------------------------------------------------------
+
+def test_every_workflow_is_tested():
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == NAMES
+
+
+def test_format(workflow):
+    jsonschema.validate(workflow, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert workflow["last_node_id"] == max(node["id"] for node in workflow["nodes"])
+    assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])
+    text = json.dumps(workflow)
+    assert not re.search(r"/(work|root|home|tmp)/", text)
+
+
+def test_links_agree_with_both_ends(workflow):
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    listed = {(link, node["id"], slot) for node in workflow["nodes"]
+              for slot, output in enumerate(node["outputs"]) for link in output["links"] or []}
+    assert listed == {(link, source, output) for link, source, output, *_ in workflow["links"]}
+    ends = {(item["link"], node["id"], slot) for node in workflow["nodes"]
+            for slot, item in enumerate(node["inputs"]) if item["link"] is not None}
+    assert ends == {(link, target, slot) for link, _, _, target, slot, _ in workflow["links"]}
+    for _, source, output, target, slot, kind in workflow["links"]:
+        assert by_id[source]["outputs"][output]["type"] == by_id[target]["inputs"][slot]["type"] == kind
+
+
+def test_nodes_exist_with_these_sockets_and_widgets(nodes, schemas):
+    for node in nodes:
+        schema = schemas[node["type"]]
+        declared = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+        assert {item["name"] for item in node["inputs"]} - {"upload"} == set(declared), node["type"]
+        assert [output["type"] for output in node["outputs"]] == schema["output"], node["type"]
+        assert len(node.get("widgets_values", [])) == sum(map(widget_slots, declared.values())), node["type"]
+
+
+def widget_slots(declared):
+    """How many values the frontend saves for an input; a seed brings its control, an image its upload button."""
+    kind, *options = declared
+    options = options[0] if options else {}
+    if not isinstance(kind, list) and kind not in WIDGETS:
+        return 0
+    return 1 + bool(options.get("control_after_generate")) + bool(options.get("image_upload"))
+
+
+def test_nodes_name_their_package(nodes):
+    for node in nodes:
+        properties = node["properties"]
+        assert properties["Node name for S&R"] == node["type"]
+        assert properties["cnr_id"] == ("forcing" if node["type"].startswith("Forcing") else "comfy-core")
+        assert re.fullmatch(r"\d+\.\d+\.\d+", properties["ver"])
+
+
+def test_note_tells_the_true_length(name, workflow):
+    note, = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    assert f"{1 + 4 * (FRAMES[name] - 1)} frames, " in note
+
+
+def test_loaders_say_where_their_files_come_from(nodes):
+    chosen = {"ForcingLoadCheckpoint": (0, 4), "CLIPLoader": (0,), "VAELoader": (0,)}
+    for node in nodes:
+        models = node["properties"].get("models", [])
+        values = [node["widgets_values"][slot] for slot in chosen.get(node["type"], ())]
+        assert [model["name"] for model in models] == [value for value in values if value != "none"], node["type"]
+        for model in models:
+            url = urllib.parse.urlsplit(model["url"])
+            assert (url.scheme, url.netloc) == ("https", "huggingface.co") and "/resolve/main/" in url.path
+            assert urllib.parse.unquote(url.path).endswith("/" + model["name"])
+            assert model["name"].endswith(DOWNLOADABLE)
+            assert model["directory"] in ("diffusion_models", "loras", "text_encoders", "vae")
+
+
+def test_drawing_is_tidy(workflow):
+    """No node lies on another, and every node but the note is in exactly one group."""
+    boxes = {node["id"]: box(node) for node in workflow["nodes"]}
+    for one, other in itertools.combinations(boxes, 2):
+        assert not overlap(boxes[one], boxes[other]), (one, other)
+    groups = [(x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in workflow["groups"])]
+    assert not any(overlap(one, other) for one, other in itertools.combinations(groups, 2))
+    for node in workflow["nodes"]:
+        assert sum(overlap(boxes[node["id"]], group) for group in groups) == (node["type"] not in PAGE_NODES)
+
+
+def box(node):
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + height
+
+
+def overlap(one, other):
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def test_file_is_what_the_script_writes(name, workflow, monkeypatch):
+    """Without the page: same nodes, notes, files and links as tests/tools/examples.py describes."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    wanted = importlib.import_module("examples").EXAMPLES[name]().as_dict()
+    saved = {node["id"]: node for node in workflow["nodes"]}
+    assert {node["id"]: node["type"] for node in wanted["nodes"]} == {key: node["type"] for key, node in saved.items()}
+    for node in wanted["nodes"]:
+        assert node["models"] == saved[node["id"]]["properties"].get("models", [])
+        for value in node["widgets"].values():
+            assert value in saved[node["id"]]["widgets_values"], (node["type"], value)
+    named = [[link[1], link[2], link[3], saved[link[3]]["inputs"][link[4]]["name"]] for link in workflow["links"]]
+    assert sorted(named) == sorted(wanted["links"])
+
+
+def test_thumbnail(name):
+    path = FOLDER / f"{name}.jpg"
+    assert path.stat().st_size <= 100_000
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and picture.size == (640, 360)
+
+
+def test_templates_list_has_them_with_pictures(comfy_server):
+    assert sorted(comfy_server.get("/api/workflow_templates")["ComfyUI-Forcing"]) == NAMES
+    for name in NAMES:
+        url = f"{comfy_server.url}/api/workflow_templates/ComfyUI-Forcing/{name}.jpg"
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            assert reply.headers["Content-Type"] == "image/jpeg"
+
+
+# -- the page -------------------------------------------------------------------------------------------------
+
+def test_opens_from_the_templates_list(comfy_page, name, workflow):
+    comfy_page.open(f"?template={name}&source=ComfyUI-Forcing")
+    comfy_page.page.wait_for_function("count => window.app.graph.nodes.length === count", arg=len(workflow["nodes"]))
+    assert comfy_page.missing_node_types() == []
+    # The page asks huggingface.co how large the files are, which its own security policy forbids here.
+    assert [text for text in comfy_page.messages_about("forcing") if "huggingface.co" not in text] == []
+
+
+def test_page_saves_what_it_opened(comfy_page, name, workflow):
+    comfy_page.load_workflow(FOLDER / f"{name}.json")
+    saved = comfy_page.serialize()
+    assert saved["links"] == workflow["links"]
+    for before, after in zip(workflow["nodes"], sorted(saved["nodes"], key=lambda node: node["id"])):
+        assert (after["type"], after.get("widgets_values") or []) == (before["type"], before.get("widgets_values", []))
+        assert after["properties"] == before["properties"]
+
+
+# -- the video ------------------------------------------------------------------------------------------------
+
+def tiny_lora(path, rank=4):
+    """A PEFT LoRA in its container, as LongLive publishes it."""
+    draw = torch.Generator().manual_seed(0)
+    factors = {}
+    for layer in (f"base_model.model.blocks.{block}.self_attn.{part}" for block in range(tiny.LAYERS) for part in "qkvo"):
+        factors[f"{layer}.lora_A.weight"] = torch.randn(rank, tiny.DIM, generator=draw) / tiny.DIM ** 0.5
+        factors[f"{layer}.lora_B.weight"] = torch.randn(tiny.DIM, rank, generator=draw) / 10
+    torch.save({"generator_lora": factors}, path)
+
+
+@pytest.fixture(scope="module")
+def ready_server(comfy_server, comfy_models):
+    """The server with tiny files under the official names, in the official containers, and a start image."""
+    weights, loras = comfy_models / "diffusion_models", comfy_models / "loras"
+    loras.mkdir(exist_ok=True)
+    for name, key in (("self_forcing_dmd", "generator_ema"), ("causal_forcing", "generator_ema"),
+                      ("framewise-2step", "generator_ema"), ("longlive_base", "generator")):
+        tiny.tiny_wan(weights / f"{name}.pt", prefix="model.", container=key)
+    tiny_lora(loras / "lora.pt")
+    tiny.tiny_wan_vae(comfy_models / "vae" / "wan_2.1_vae.safetensors")
+    Image.linear_gradient("L").convert("RGB").save(comfy_server.base / "input" / "example.png")
+    return comfy_server
+
+
+def without_encoder(prompt, seconds=None):
+    """The prompt with TestTextEncode for the 6.7 GB text encoder, at a size (and length) for tests."""
+    out = {}
+    for key, node in prompt.items():
+        inputs = dict(node["inputs"])
+        if node["class_type"] == "CLIPLoader":
+            continue
+        if node["class_type"] == "CLIPTextEncode":
+            node, inputs = {"class_type": "TestTextEncode"}, {"text": inputs["text"]}
+        if node["class_type"] == "ForcingEmptyLatent":
+            inputs |= {"width": 64, "height": 64} | ({"length": seconds} if seconds else {})
+        out[key] = {"class_type": node["class_type"], "inputs": inputs}
+    return out
+
+
+def only(prompt, kind):
+    key, = (key for key, node in prompt.items() if node["class_type"] == kind)
+    return key
+
+
+def frame_count(path):
+    with av.open(str(path)) as video:
+        assert (video.streams.video[0].width, video.streams.video[0].average_rate) == (64, 16)
+        return sum(1 for _ in video.decode(video=0))
+
+
+def test_makes_its_video(ready_server, comfy_page, name):
+    comfy_page.load_workflow(FOLDER / f"{name}.json")
+    seconds, frames = SHORTER.get(name, (None, FRAMES[name]))
+    prompt = without_encoder(comfy_page.graph_to_prompt(), seconds)
+    entry = ready_server.run(prompt, timeout=280)
+    video, = ready_server.files(entry, only(prompt, "SaveVideo"))
+    assert video.parent.name == "forcing" and video.suffix == ".mp4"
+    assert frame_count(video) == 1 + 4 * (frames - 1)
+
+
+def test_plan_view_draws_without_sampling(ready_server, comfy_page):
+    comfy_page.load_workflow(FOLDER / "longlive_30s.json")
+    prompt = without_encoder(comfy_page.graph_to_prompt())
+    video = only(prompt, "SaveVideo")
+    entry = ready_server.run({key: node for key, node in prompt.items() if key != video})
+    picture, = (item for item in entry["outputs"][only(prompt, "ForcingPlanView")]["images"])
+    assert picture["type"] == "temp"
+    assert only(prompt, "SamplerCustomAdvanced") not in entry["outputs"]
