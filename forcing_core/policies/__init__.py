@@ -2,7 +2,7 @@
 
 A policy decides which past frames a forward may attend to, where they stand in time, what is kept and what is
 evicted. It sees frame numbers only, never tensors of the network, and is built per run from a frozen options
-dataclass. A new policy is one file in this folder and one row in `KINDS` (see CONTRIBUTING.md).
+dataclass. A new policy is one file in this folder and one row in `KINDS`; `window.py` is the model to follow.
 """
 from __future__ import annotations
 

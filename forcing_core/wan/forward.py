@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention import backend
@@ -151,5 +152,6 @@ def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exc
 
 def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
     """[B, n, pt*ph*pw*C] (channel fastest) -> [B, C, F, h, w]."""
-    x = tokens.unflatten(1, tuple(grid)).unflatten(4, (*patch, channels))
-    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    (f, h, w), (pt, ph, pw) = grid, patch
+    return rearrange(tokens, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", f=f, h=h, w=w, pt=pt, ph=ph, pw=pw,
+                     c=channels)
