@@ -1,0 +1,1 @@
+"""Training of the micro models: optimiser, run state and one file per objective."""
