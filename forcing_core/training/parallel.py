@@ -19,6 +19,8 @@ from ..plan import layout
 from ..rope import Rope, rotate
 from ..wan import Ops, TextState, WanModel, forward
 
+PLAIN = Ops()
+
 
 def block_ends(frames: int, block: int, independent_first: bool = False) -> Tensor:
     """End frame of the block of every frame, [F]."""
@@ -77,7 +79,7 @@ def masked(mask: Tensor):
 
 
 def parallel_velocity(net: WanModel, x: Tensor, timesteps: Tensor, text: TextState, mask: Tensor, *,
-                      positions: Sequence[int] | None = None, ops: Ops = Ops()) -> Tensor:
+                      positions: Sequence[int] | None = None, ops: Ops = PLAIN) -> Tensor:
     """Velocity [B, C, F, h, w] of all frames at once.
 
     x: [B, C, F, h, w]; timesteps: [B, F], 0..1000; mask: per frame [F, F]. positions: 0..F-1 by default.
@@ -94,7 +96,7 @@ def parallel_velocity(net: WanModel, x: Tensor, timesteps: Tensor, text: TextSta
 
 
 def teacher_forced_velocity(net: WanModel, clean: Tensor, noisy: Tensor, timesteps: Tensor, text: TextState,
-                            mask: Tensor, *, clean_timesteps: Tensor | None = None, ops: Ops = Ops()) -> Tensor:
+                            mask: Tensor, *, clean_timesteps: Tensor | None = None, ops: Ops = PLAIN) -> Tensor:
     """Velocity of the noisy half of [clean | noisy]; each half [B, C, F, h, w], timesteps [B, F], mask [2F, 2F]."""
     frames = clean.shape[2]
     before = torch.zeros_like(timesteps) if clean_timesteps is None else clean_timesteps
