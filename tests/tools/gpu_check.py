@@ -94,8 +94,8 @@ class Rig:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         started = now()
-        out = guider.sample(noise, latent, sampler, torch.tensor(sigmas), callback=lambda *_: marks.append(now()), disable_pbar=True,
-                            seed=SEED)
+        out = guider.sample(noise, latent, sampler, torch.tensor(sigmas), disable_pbar=True, seed=SEED,
+                            callback=lambda *_: marks.append(now()))
         return out, now() - started, marks
 
 
@@ -205,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, help="runs of the speed comparison")
     args = parser.parse_args(argv)
     prepare(args.comfy, args.dynamic)
-    RESULTS["machine"] = {"gpu": torch.cuda.get_device_name() if CUDA else None, "torch": torch.__version__, "dynamic": args.dynamic}
+    RESULTS["machine"] = {"gpu": torch.cuda.get_device_name() if CUDA else None, "torch": torch.__version__,
+                          "dynamic": args.dynamic}
     state = weights()
     if not args.quick:
         check_noise()
