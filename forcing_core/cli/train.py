@@ -12,7 +12,7 @@ import torch
 
 from ..bench.timing import check_device
 from ..errors import ForcingError
-from ..training import vae
+from ..training import dit, vae
 from ..training.state import load_checkpoint
 from .demo import INTERRUPTED, stop_on_interrupt
 
@@ -138,4 +138,50 @@ def _run_vae(args: argparse.Namespace) -> int:
     return 0
 
 
-STAGES = {"vae": Stage("Train the VAE, to which all other stages owe their latents.", _vae_arguments, _run_vae)}
+# --- teacher
+
+def _dit_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, usual in (("dim", dit.DitSettings.dim), ("layers", dit.DitSettings.layers), ("steps", dit.DitSettings.steps)):
+        parser.add_argument(f"--{name}", type=positive, help=f"{name} (default: {usual})")
+    parser.add_argument("--batch", type=positive, help=f"clips a step (default: 8, on CUDA {CUDA_BATCH})")
+
+
+def _dit_trainer(args: argparse.Namespace) -> dit.DitTrainer:
+    if state := prepare(args, dit.CHECKPOINT):
+        trainer = dit.DitTrainer.from_state_dict(state, args.device, args.minutes)
+        show(f"going on after {trainer.clock.total} steps")
+        return trainer
+    settings = dit.QUICK if args.quick else dit.DitSettings()
+    if args.device.startswith("cuda") and not args.quick:
+        settings = replace(settings, batch=CUDA_BATCH)
+    names = ("dim", "layers", "steps", "batch", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if given.get("dim", 128) % 128:
+        raise ForcingError(f"A width of {given['dim']} has no whole heads. Use a multiple of 128.")
+    show("computing the linear code")
+    return dit.DitTrainer(replace(settings, minutes=args.minutes, **given), args.device)
+
+
+def _dit_line(progress: dit.Progress) -> str:
+    left = progress.seconds_left
+    left = "" if left is None else f"  {int(left) // 60}:{int(left) % 60:02d} left"
+    return f"{progress.phase}  step {progress.step}  loss {progress.loss:.4f}  {progress.seconds_per_step:.3f} s/step{left}"
+
+
+def _run_dit(args: argparse.Namespace) -> int:
+    begin = time.perf_counter()
+    trainer = _dit_trainer(args)
+    with stop_on_interrupt() as stop:
+        done = dit.train(trainer, args.out / dit.CHECKPOINT, lambda progress: show(_dit_line(progress)), stop)
+    if not done:
+        show(f"stopped; add --resume to go on from {args.out / dit.CHECKPOINT}")
+        return INTERRUPTED
+    report = dit.finish(trainer, args.out, {**machine(args.device), "seconds": round(time.perf_counter() - begin, 1)})
+    print(f"{args.out / dit.WEIGHTS}: {report['file_bytes'] / 2 ** 20:.1f} MiB after {report['steps']} steps")
+    return 0
+
+
+STAGES = {
+    "vae": Stage("Train the VAE, to which all other stages owe their latents.", _vae_arguments, _run_vae),
+    "teacher": Stage("Train the network with teacher forcing, from which all students start.", _dit_arguments, _run_dit),
+}

@@ -7,6 +7,7 @@ Axis legend as in `flow`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ def context(clean: Tensor, options: TeacherForcingOptions, generator: torch.Gene
 
 
 def loss(student: WanModel, clean: Tensor, text: TextState, options: TeacherForcingOptions,
-         generator: torch.Generator, *, cells: Tensor | None = None) -> Tensor:
-    """Weighted flow-matching error of the noisy half. clean: [B, C, F, h, w]; cells: weights [B, 1, F, h, w]."""
+         generator: torch.Generator, *, cells: Tensor | Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Weighted flow-matching error of the noisy half. clean: [B, C, F, h, w]; cells: weights [B, 1, F, h, w], or a
+    function of the drawn sigmas [B, F] that gives them."""
     rows = draw_rows(clean, TRAIN_STEPS, generator, block=options.block,
                      independent_first=options.independent_first, bias=options.bias)
     noisy = noised(clean, rows, options.shift, generator)
@@ -65,4 +67,5 @@ def loss(student: WanModel, clean: Tensor, text: TextState, options: TeacherForc
     velocity = teacher_forced_velocity(student, before, noisy.x, noisy.timesteps, own_text(text, clean),
                                        options.teacher_forcing_mask(clean.shape[2]), clean_timesteps=told)
     weights = training_weights(options.shift).to(clean.device)[rows] if options.weighted else None
-    return weighted_mse(velocity, noisy.noise - clean, frames=weights, cells=cells)
+    return weighted_mse(velocity, noisy.noise - clean, frames=weights,
+                        cells=cells(noisy.sigmas) if callable(cells) else cells)
