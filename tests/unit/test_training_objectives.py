@@ -269,6 +269,22 @@ def test_context_timestep_is_told_and_adds_no_noise(student):
     assert_same(student, ours, plain_flow_loss(velocity, clip(), noise, published_weight(rows), torch.ones(B, 1, F, H, W)))
 
 
+def test_weights_that_depend_on_the_noise(student):
+    """Weights of the foreground that do not fade with the noise teach a network to draw too much of it."""
+    options, seen = teacher_forcing.TeacherForcingOptions(block=2), []
+
+    def cells(sigmas):
+        seen.append(sigmas)
+        return some_cells()
+
+    fixed = teacher_forcing.loss(student, clip(), TextState(TEXT), options, seeded(), cells=some_cells())
+    assert torch.equal(teacher_forcing.loss(student, clip(), TextState(TEXT), options, seeded(), cells=cells), fixed)
+    assert seen[0].shape == (B, F) and torch.equal(seen[0][:, 0], seen[0][:, 1])
+    faded = teacher_forcing.loss(student, clip(), TextState(TEXT), options, seeded(),
+                                 cells=lambda sigmas: 1 + 4 * (1 - sigmas)[:, None, :, None, None] * (some_cells() - 1))
+    assert not torch.isclose(faded, fixed)
+
+
 def test_context_noise_is_light_and_told(student):
     """Rows at or below timestep 100 of the table are the last 21, 979 to 999."""
     options = teacher_forcing.TeacherForcingOptions(block=2, context_noise=100.0)
