@@ -4,7 +4,7 @@ import functools
 import comfy.samplers
 import pytest
 import torch
-from forcing_testkit import hostkit
+from forcing_testkit import hostkit, tiny
 
 MODELS = {"plain file": hostkit.plain, "causal file": hostkit.causal}
 
@@ -83,3 +83,18 @@ def test_global_random_state_is_left_alone():
     guide = hostkit.guider(hostkit.plain())
     guide.sample(noise, noise, ours(3), torch.tensor(hostkit.SIGMAS), disable_pbar=True, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_in_the_compute_type_of_a_graphics_card(block):
+    """Rotation, modulation and store in bfloat16, as on a card: one rounding elsewhere would show at once."""
+    models = []
+    for metadata in (None, tiny.CAUSAL_METADATA):
+        model = hostkit.load({name: value.bfloat16() for name, value in hostkit.weights().items()}, metadata,
+                             dtype=torch.bfloat16)
+        model.set_model_compute_dtype(torch.bfloat16)
+        models.append(model)
+    native = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": block})
+    theirs = hostkit.sample(hostkit.guider(models[1], kind=comfy.samplers.CFGGuider), native, 6)
+    assert torch.equal(hostkit.sample(models[0], ours(block), 6), theirs)
+    assert not torch.equal(theirs, core(block, 6))
