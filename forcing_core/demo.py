@@ -23,6 +23,7 @@ from .denoiser import NetworkDenoiser
 from .errors import ForcingError
 from .media import ContactSheet, save_png, write_mp4
 from .noise import BlockNoise
+from .options import pixel_frames
 from .policies import WindowOptions
 from .presets import Preset, get
 from .rope import TABLE_ROWS
@@ -157,10 +158,6 @@ class Made:
     wanted: int
     seconds: float
     stopped: bool
-
-
-def pixel_frames(latent_frames: int) -> int:
-    return 1 + 4 * (latent_frames - 1)
 
 
 def choose_preset(options: DemoOptions) -> Preset:

@@ -16,7 +16,6 @@ TIMESTEPS = {
     "round": lambda sigma: float(round(1000.0 * sigma)),  # unwarped integer lists (CausVid)
     "floor": lambda sigma: float(int(1000.0 * sigma)),  # the many-step teacher
 }
-NOISE_MODES = ("block", "comfy", "reference")
 SAME_SIGMA = 2e-3
 
 

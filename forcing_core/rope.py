@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
+KEPT_TABLES = 4  # of one pass: the query's and those of up to three moved stretches
 TABLE_ROWS = 1024  # rows of the published table: the largest usable absolute position is 1023
 
 
@@ -46,6 +47,7 @@ class Rope:
     head_dim: int
     device: torch.device | str = "cpu"
     _space: Tensor = field(init=False, repr=False)
+    _recent: dict[tuple, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         _, dim_h, dim_w = axis_dims(self.head_dim)
@@ -55,7 +57,18 @@ class Rope:
         self._space = torch.cat([h, w], dim=2).flatten(0, 1).to(self.device)
 
     def table(self, positions: Sequence[float]) -> Tensor:
-        """float32 [1, frames*s, 1, p, 2, 2] for whole frames at these temporal positions."""
+        """float32 [1, frames*s, 1, p, 2, 2] for whole frames at these temporal positions.
+
+        The last few are kept: every layer of a pass asks for the same ones, and so do the passes of a block.
+        """
+        key = tuple(positions)
+        if key not in self._recent:
+            if len(self._recent) >= KEPT_TABLES:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[key] = self._build(key)
+        return self._recent[key]
+
+    def _build(self, positions: Sequence[float]) -> Tensor:
         time = _matrices(angles(positions, axis_dims(self.head_dim)[0])).to(self.device)
         frames, tokens = time.shape[0], self._space.shape[0]
         time = time[:, None].expand(-1, tokens, -1, -1, -1)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..forcing_core.presets import Preset, get, runnable
+from ..forcing_core.presets import runnable
 
 CATEGORY = "Forcing"
 Cache = io.Custom("FORCING_CACHE")  # carries the frozen options of a cache policy
@@ -12,10 +12,3 @@ SYSTEMS = [preset.name for preset in runnable()]
 SYSTEM_TIP = ("The published system your checkpoint belongs to. It fixes block size, window, sink, denoising steps and "
               "flow shift; the wrong one gives noise or mush.")
 
-
-def system(name: str) -> Preset:
-    return get(name)
-
-
-def frames_widget(name: str, default: int, tooltip: str, **extra):
-    return io.Int.Input(name, default=default, min=0, max=100000, tooltip=tooltip, **extra)

@@ -11,7 +11,6 @@ import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata, util
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_management as mm
@@ -21,6 +20,7 @@ from comfy.ldm.wan.model import WanModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 from torch import Tensor
 
+from ..forcing_core.attention import sage_mutates_keys
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.memory import Memory, make_memory
 from ..forcing_core.options import RolloutOptions
@@ -161,9 +161,7 @@ def _mutates_keys(transformer_options: dict) -> bool:
     """Whether the attention that will run may write to its keys: unknown overrides, and SageAttention 1.x."""
     if "optimized_attention_override" in transformer_options:
         return True
-    if host_attention.optimized_attention.__name__ != "attention_sage" or util.find_spec("sageattention") is None:
-        return False
-    return int(metadata.version("sageattention").split(".")[0]) < 2
+    return host_attention.optimized_attention.__name__ == "attention_sage" and sage_mutates_keys()
 
 
 def _attention(transformer_options: dict):

@@ -14,7 +14,8 @@ from comfy_api.latest import io
 
 from ..forcing_core import checkpoints
 from ..forcing_core.errors import ForcingError
-from .common import CATEGORY, SYSTEMS, system
+from ..forcing_core.presets import get
+from .common import CATEGORY, SYSTEMS
 from .host import KEY, reserve
 
 log = logging.getLogger(__name__)
@@ -110,4 +111,4 @@ class ForcingLoadCheckpoint(io.ComfyNode):
 
 
 def _shift(preset_name: str | None) -> float:
-    return system(preset_name).shift if preset_name else 5.0
+    return get(preset_name).shift if preset_name else 5.0

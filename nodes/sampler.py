@@ -17,8 +17,7 @@ from ..forcing_core.plan import Block, context_chunks
 from ..forcing_core.rollout import block_rollout
 from ..forcing_core.schedule import renoise
 from ..forcing_core.solvers import SOLVERS
-from .host import (HostDenoiser, exclusive, make_room, network, out_of_memory, refuse_partial_conditions, run_bytes,
-                   shape_of)
+from .host import HostDenoiser, exclusive, make_room, network, out_of_memory, refuse_partial_conditions, run_bytes, shape_of
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,17 @@
 """Presets, the sampler with every option, and sigmas."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io
 
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.options import RolloutOptions, first_sigmas_of, from_preset, sigmas_of
 from ..forcing_core.policies import WindowOptions
+from ..forcing_core.presets import get
 from ..forcing_core.schedule import levels
-from .common import CATEGORY, SYSTEM_TIP, SYSTEMS, Cache, system
+from .common import CATEGORY, SYSTEM_TIP, SYSTEMS, Cache
 from .sampler import CausalSampler
 
 NOISE = {"per block": "block", "as ComfyUI's AR sampler": "comfy", "reference order": "reference"}
@@ -41,8 +44,8 @@ class ForcingPreset(io.ComfyNode):
 
     @classmethod
     def execute(cls, system: str, keep_on_interrupt: bool = False, cache=None) -> io.NodeOutput:
-        preset = _system(system)
-        options = _replace(from_preset(preset, cache), keep_on_interrupt=keep_on_interrupt)
+        preset = get(system)
+        options = replace(from_preset(preset, cache), keep_on_interrupt=keep_on_interrupt)
         return io.NodeOutput(CausalSampler(options), torch.tensor(sigmas_of(preset), dtype=torch.float32))
 
 
@@ -75,7 +78,7 @@ class ForcingSigmas(io.ComfyNode):
     @classmethod
     def execute(cls, system: str, steps: str, first_block_steps: str, shift: float, warp: bool) -> io.NodeOutput:
         if system != "custom":
-            preset = _system(system)
+            preset = get(system)
             main, first = sigmas_of(preset), first_sigmas_of(preset)
         else:
             main = _sigmas(steps, shift, warp)
@@ -133,14 +136,6 @@ class ForcingSampler(io.ComfyNode):
             block=block, cache=cache or WindowOptions(block=block), independent_first=independent_first_frame,
             first_sigmas=first, context_timestep=context_timestep, noise=NOISE[noise], timesteps=TIMESTEPS[timesteps],
             solver=SOLVERS[solver], allow_tail=allow_short_tail, keep_on_interrupt=keep_on_interrupt)))
-
-
-def _system(name: str):
-    return system(name)
-
-
-def _replace(options: RolloutOptions, **changes) -> RolloutOptions:
-    return RolloutOptions(**{**vars(options), **changes})
 
 
 def _sigmas(text: str, shift: float, warp: bool) -> tuple[float, ...]:

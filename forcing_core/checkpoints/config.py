@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ..errors import ForcingError
 
@@ -47,9 +47,6 @@ class ModelConfig:
     def size(self) -> str:
         """Name of the model size, or its width where it is none of the published ones."""
         return SIZES.get((self.dim, self.num_layers), f"width {self.dim}, {self.num_layers} layers")
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}

@@ -13,6 +13,7 @@ import torch
 from ..bench.timing import check_device
 from ..errors import ForcingError
 from ..training import dit, vae
+from ..training.loop import train
 from ..training.state import load_checkpoint
 from .demo import INTERRUPTED, stop_on_interrupt
 
@@ -124,7 +125,7 @@ def _run_vae(args: argparse.Namespace) -> int:
     trainer = _vae_trainer(args)
     trainer.layout = vae.faster_layout(trainer) if not trainer.done else trainer.layout
     with stop_on_interrupt() as stop:
-        done = vae.train(trainer, args.out / vae.CHECKPOINT, lambda progress: show(_vae_line(progress)), stop)
+        done = train(trainer, args.out / vae.CHECKPOINT, lambda progress: show(_vae_line(progress)), stop)
     if not done:
         show(f"stopped; add --resume to go on from {args.out / vae.CHECKPOINT}")
         return INTERRUPTED
@@ -172,7 +173,7 @@ def _run_dit(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     trainer = _dit_trainer(args)
     with stop_on_interrupt() as stop:
-        done = dit.train(trainer, args.out / dit.CHECKPOINT, lambda progress: show(_dit_line(progress)), stop)
+        done = train(trainer, args.out / dit.CHECKPOINT, lambda progress: show(_dit_line(progress)), stop)
     if not done:
         show(f"stopped; add --resume to go on from {args.out / dit.CHECKPOINT}")
         return INTERRUPTED

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ForcingError
 from ..plan import Block
 from ..wan import WanConfig, WanModel
+from ..wan.text import pad_rows
 
 WEIGHTS = "weights.safetensors"
 
@@ -47,7 +47,7 @@ class Case:
         embeds = self.tensors["prompt_embeds"][indices].clone()
         for row, index in enumerate(indices):
             embeds[row, self.settings["prompt_rows"][index]:] = 0
-        return torch.nn.functional.pad(embeds, (0, 0, 0, 512 - embeds.shape[1]))
+        return pad_rows(embeds)
 
 
 class RecordedNoise:

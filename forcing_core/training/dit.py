@@ -10,31 +10,29 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import ForcingError
 from ..micro import world
 from ..micro.code import LinearCode, fit
 from ..micro.text import TextCodec
 from ..noise import mix
 from ..wan import TextState, WanConfig, WanModel
+from .loop import Stage, finite
 from .muon import MuonAdamW
 from .pixels import foreground
-from .state import Average, Clock, Phase, learning_rate, save_checkpoint, write_whole
+from .state import Average, Clock, Phase, learning_rate, write_whole
 from .teacher_forcing import TeacherForcingOptions, loss
 
 WEIGHTS, REPORT, CHECKPOINT = "micro_teacher.safetensors", "teacher_report.json", "teacher.checkpoint.pt"
 ROWS, TEXT_DIM = 24, 4096
 CODE, TRAIN, DRAW = 1, 2, 3  # streams of random numbers
-CHECKPOINT_SECONDS, REPORT_SECONDS = 60.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def per_cell(mask: Tensor) -> Tensor:
     return torch.cat([F.avg_pool3d(first, (1, 8, 8)), F.avg_pool3d(rest, (4, 8, 8))], dim=2)
 
 
-class DitTrainer:
+class DitTrainer(Stage):
     """The state of a run and its steps."""
 
     def __init__(self, settings: DitSettings, device: str = "cpu", code: LinearCode | None = None):
@@ -117,10 +115,6 @@ class DitTrainer:
         self.optimiser = MuonAdamW(self.net.parameters(), settings.muon_lr, settings.adamw_lr, weight_decay=0.0)
         self.clock, self.phases, self.smooth = Clock(), settings.phases, math.nan
         self.code = (code or fit(self._clips())).to(self.device)
-
-    @property
-    def done(self) -> bool:
-        return self.clock.phase >= len(self.phases)
 
     def _clips(self):
         s = self.settings
@@ -152,10 +146,11 @@ class DitTrainer:
         self.average.update(self.net, self.clock.total)
         return value.detach()
 
-    def advance(self, seconds: float) -> None:
-        self.clock = self.clock.after_step(seconds)
-        if self.clock.progress(self.phases, self.settings.minutes) >= 1:
-            self.clock = self.clock.next_phase()
+    def progress(self, result: Tensor) -> Progress:
+        clock, value = self.clock, finite(float(result), self.clock.total)
+        self.smooth = value if math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * value
+        return Progress(self.phases[clock.phase].name, clock.total, self.smooth, clock.seconds / max(1, clock.step),
+                        self.seconds_left)
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": asdict(self.settings), "clock": asdict(self.clock), "code": self.code.state_dict(),
@@ -179,35 +174,6 @@ class DitTrainer:
         net = WanModel(self.settings.config).to(self.device)
         self.average.copy_to(net)
         return net.eval().requires_grad_(False)
-
-
-def train(trainer: DitTrainer, checkpoint: Path, show: Callable[[Progress], None] = lambda _: None,
-          stop: Callable[[], bool] = lambda: False) -> bool:
-    """Step until the run is done (True) or `stop` says so (False), saving a checkpoint every minute and at the end."""
-    saved = shown = -math.inf
-    stopped = False
-    while not (trainer.done or stopped):
-        begin, clock = time.perf_counter(), trainer.clock
-        value = trainer.step()
-        if begin - shown >= REPORT_SECONDS:
-            shown = begin
-            _show(trainer, float(value), show)
-        trainer.advance(time.perf_counter() - begin)
-        stopped = stop()
-        if begin - saved >= CHECKPOINT_SECONDS or trainer.clock.phase != clock.phase or stopped:
-            saved = begin
-            save_checkpoint(checkpoint, trainer.state_dict())
-    return trainer.done
-
-
-def _show(trainer: DitTrainer, value: float, show: Callable[[Progress], None]) -> None:
-    if not math.isfinite(value):
-        raise ForcingError(f"The loss is no longer a number at step {trainer.clock.total}. Lower the learning rates, or "
-                           "go on from the last checkpoint.")
-    trainer.smooth = value if math.isnan(trainer.smooth) else 0.9 * trainer.smooth + 0.1 * value
-    clock = trainer.clock
-    show(Progress(trainer.phases[clock.phase].name, clock.total, trainer.smooth, clock.seconds / max(1, clock.step),
-                  clock.seconds_left(trainer.phases, trainer.settings.minutes)))
 
 
 def finish(trainer: DitTrainer, out: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -15,29 +15,27 @@ Axes: B clips, T frames, F latent frames; videos [B, 3, T, 64, 64] in [-1, 1].
 from __future__ import annotations
 
 import json
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
 
-from ..errors import ForcingError
 from ..micro import world
 from ..micro.code import LinearCode, fit
 from ..micro.vae import MicroVAE, load_vae, vae_bytes
 from ..noise import mix
+from .loop import Stage, finite
 from .muon import MuonAdamW
 from .pixels import ErrorSums, foreground, pixel_loss
-from .state import Average, Clock, Phase, learning_rate, save_checkpoint, write_whole
+from .state import Average, Clock, Phase, learning_rate, write_whole
 
 CHECKPOINT, WEIGHTS, REPORT = "vae.checkpoint.pt", "micro_vae.safetensors", "vae_report.json"
 # Streams of seeds that never meet.
 TRAIN, CODE, SCALE, HELD_OUT, NOISE = range(5)
-CHECKPOINT_SECONDS, REPORT_SECONDS = 60.0, 5.0
 LAYOUTS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
 
@@ -91,7 +89,7 @@ class Progress:
     seconds_left: float | None
 
 
-class VaeTrainer:
+class VaeTrainer(Stage):
     """The state of a run and its steps. Raises ForcingError for settings that cannot be built."""
 
     def __init__(self, settings: VaeSettings, device: str = "cpu", code: LinearCode | None = None):
@@ -103,10 +101,6 @@ class VaeTrainer:
         self.optimiser = MuonAdamW(self.vae.parameters(), settings.muon_lr, settings.adamw_lr, settings.weight_decay)
         self.clock, self.phases, self.layout = Clock(), settings.phases(), "channels_last"
         self.code = code or fit(self.clips(CODE, settings.code_clips, 33))
-
-    @property
-    def done(self) -> bool:
-        return self.clock.phase >= len(self.phases)
 
     def clips(self, stream: int, count: int, frames: int, split: str = "train", at_once: int = 8) -> Iterator[Tensor]:
         """Batches of videos, `count` clips in all, of all levels in turn."""
@@ -154,11 +148,11 @@ class VaeTrainer:
         self.average.update(self.vae, total)
         return loss.detach(), ErrorSums().add(made, video, mask)
 
-    def advance(self, seconds: float) -> None:
-        """Count a step that took so long, and begin the next phase where this one's budget is used up."""
-        self.clock = self.clock.after_step(seconds)
-        if self.clock.progress(self.phases, self.settings.minutes) >= 1:
-            self.clock = self.clock.next_phase()
+    def progress(self, result: tuple[Tensor, ErrorSums]) -> Progress:
+        loss, errors = result
+        clock = self.clock
+        return Progress(self.phases[clock.phase].name, clock.total, finite(float(loss), clock.total), *errors.psnr(),
+                        clock.seconds / max(1, clock.step), self.seconds_left)
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": asdict(self.settings), "clock": asdict(self.clock), "code": self.code.state_dict(),
@@ -226,38 +220,6 @@ def faster_layout(trainer: VaeTrainer, runs: int = 3) -> str:
         torch.cuda.synchronize(trainer.device)
         seconds[name] = time.perf_counter() - begin
     return min(seconds, key=seconds.get, default="channels_last")
-
-
-def train(trainer: VaeTrainer, checkpoint: Path, show: Callable[[Progress], None] = lambda _: None,
-          stop: Callable[[], bool] = lambda: False) -> bool:
-    """Step until the run is done (True) or `stop` says so (False), saving a checkpoint every minute and at the end.
-
-    show: called every few seconds. Raises ForcingError where the loss is no longer a number.
-    """
-    saved = shown = -math.inf
-    stopped = False
-    while not (trainer.done or stopped):
-        begin, clock = time.perf_counter(), trainer.clock
-        loss, errors = trainer.step()
-        if begin - shown >= REPORT_SECONDS:
-            shown = begin
-            _show(trainer, float(loss), errors, show)
-        trainer.advance(time.perf_counter() - begin)
-        stopped = stop()
-        if begin - saved >= CHECKPOINT_SECONDS or trainer.clock.phase != clock.phase or stopped:
-            saved = begin
-            save_checkpoint(checkpoint, trainer.state_dict())
-    return trainer.done
-
-
-def _show(trainer: VaeTrainer, loss: float, errors: ErrorSums, show: Callable[[Progress], None]) -> None:
-    clock = trainer.clock
-    if not math.isfinite(loss):
-        raise ForcingError(f"The loss is no longer a number at step {clock.total}. Lower the learning rates, or go "
-                           "on from the last checkpoint in float32.")
-    show(Progress(trainer.phases[clock.phase].name, clock.total, loss, *errors.psnr(),
-                  clock.seconds / max(1, clock.step),
-                  clock.seconds_left(trainer.phases, trainer.settings.minutes)))
 
 
 def finish(trainer: VaeTrainer, out: Path, facts: dict[str, Any]) -> dict[str, Any]:

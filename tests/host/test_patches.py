@@ -152,8 +152,7 @@ def test_sageattention_1_is_known_to_write_to_its_keys(monkeypatch, name, versio
     kernel = lambda *args, **kwargs: None  # noqa: E731
     kernel.__name__ = name
     monkeypatch.setattr(host.host_attention, "optimized_attention", kernel)
-    monkeypatch.setattr(host.util, "find_spec", lambda package: object())
-    monkeypatch.setattr(host.metadata, "version", lambda package: version)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
     assert host._mutates_keys({}) is copies
 
 

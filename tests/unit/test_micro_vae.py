@@ -10,10 +10,11 @@ from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.micro import world
 from forcing_pack.forcing_core.micro.code import cells, fit, uncells
 from forcing_pack.forcing_core.micro.vae import DecodeStream, MicroVAE, load_vae, vae_bytes
+from forcing_pack.forcing_core.training.loop import train
 from forcing_pack.forcing_core.training.muon import MuonAdamW, is_matrix
 from forcing_pack.forcing_core.training.pixels import ErrorSums, foreground, pixel_loss
 from forcing_pack.forcing_core.training.state import Average, Clock, Phase
-from forcing_pack.forcing_core.training.vae import CHECKPOINT, QUICK, VaeTrainer, train
+from forcing_pack.forcing_core.training.vae import CHECKPOINT, QUICK, VaeTrainer
 from safetensors import safe_open
 
 TINY = replace(QUICK, dim=4, batch=1, lengths=(5,), code_clips=8, code_steps=2, joint_steps=2, precision="float32",
