@@ -28,3 +28,14 @@ def comfy_page(require, comfy_checkout, request):
     require(executable, "web tests: no chromium on the PATH", "install the chromium package, or set CHROMIUM_PATH")
     with browser.open_page(request.getfixturevalue("comfy_server").url, executable) as page:
         yield page
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny networks gain nothing from threads, and lose much where other programs hold the cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

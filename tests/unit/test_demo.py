@@ -18,13 +18,7 @@ from PIL import Image
 TINY = RandomSource(WanConfig(dim=64, ffn_dim=32, heads=2, layers=2, text_dim=8, text_len=4, freq_dim=32), (32, 16))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks gain nothing from threads, and lose much where other programs hold the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pictures(path):

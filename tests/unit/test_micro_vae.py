@@ -21,13 +21,7 @@ TINY = replace(QUICK, dim=4, batch=1, lengths=(5,), code_clips=8, code_steps=2, 
                held_out=1, held_out_frames=5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations this small only wait for a second thread, ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def official_shapes(dim):

@@ -19,13 +19,7 @@ SIZE, GRID = (4, 4), (2, 2)
 PLAIN = DmdOptions(guidance=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations this small only wait for a second thread, ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(seed=0):

@@ -83,13 +83,7 @@ by_name = pytest.mark.parametrize("clip", CLIPS, ids=lambda c: c.name)
 EVICTING = [c for c in CLIPS if c.window]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

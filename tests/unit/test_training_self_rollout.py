@@ -34,13 +34,7 @@ LEVELS = levels([1000, 750, 500, 250], 5.0)
 NOISE = BlockNoise(7, (BATCH, 4), SIZE)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations this small only wait for a second thread, ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
