@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ForcingError
+from ..noise import mix
+from . import world
 from .vae import Z_DIM
 
 CELL, GROUP, COLOURS = 8, 4, 3
+CODE = 1  # stream of random numbers
 # Directions in which the world does not vary are not blown up to variance 1.
 FLOOR = 1e-6
 
@@ -139,6 +142,12 @@ def fit(clips: Iterable[Tensor]) -> LinearCode:
     single, group = first.basis(), rest.basis()
     left, _, right = torch.linalg.svd(_agreement(first, single, group))
     return LinearCode(single.turned((left @ right).float()), group)
+
+
+def of_world(clips: int = 256, seed: int = 0, levels: tuple[str, ...] = ("full", "plain")) -> LinearCode:
+    """The code that all micro networks share: of `clips` clips of 33 frames, of all levels in turn."""
+    return fit(world.batch(mix(seed, CODE, number), min(8, clips - start), 33, level=levels[number % len(levels)])[0]
+               for number, start in enumerate(range(0, clips, 8)))
 
 
 def _agreement(moments: Moments, single: Basis, group: Basis) -> Tensor:

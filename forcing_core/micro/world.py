@@ -63,8 +63,8 @@ class Level:
     backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
     directions: tuple[str, ...] = tuple(DIRECTIONS)
     laws: tuple[str, ...] = ("moving",)
-    radius: tuple[float, float] = (9.0, 13.0)
-    speed: tuple[float, float] = (0.6, 1.4)
+    radius: tuple[float, float] = (11.0, 15.0)
+    speed: tuple[float, float] = (0.5, 1.2)
     turn: float = 10.0
     two: float = 0.0
     size_words: bool = False

@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..micro import world
-from ..micro.code import LinearCode, fit
+from ..micro.bundle import ROWS, TEXT_DIM, micro_config
+from ..micro.code import LinearCode, of_world
 from ..micro.text import TextCodec
 from ..noise import mix
 from ..wan import TextState, WanConfig, WanModel
@@ -31,13 +32,15 @@ from .state import Average, Clock, Phase, learning_rate, write_whole
 from .teacher_forcing import TeacherForcingOptions, loss
 
 WEIGHTS, REPORT, CHECKPOINT = "micro_teacher.safetensors", "teacher_report.json", "teacher.checkpoint.pt"
-ROWS, TEXT_DIM = 24, 4096
-CODE, TRAIN, DRAW = 1, 2, 3  # streams of random numbers
+TRAIN, DRAW = 2, 3  # streams of random numbers
 
 
 @dataclass(frozen=True)
 class DitSettings:
-    """dim, layers: of the network; batch: clips a step of `frames` pixel frames; level: of the world.
+    """dim, layers: of the network; level: of the world.
+
+    A step takes the next of `lengths` (pixel frames) and as many clips as have the frames of `batch` of the longest:
+    short clips show more beginnings, where caption and noise have to become a picture; long ones what follows.
 
     steps or minutes: length of the run; hold: share of it at the full learning rate, which then falls to zero.
     empty: share of steps without a caption, for guidance; shapes: extra weight of the foreground at zero noise.
@@ -46,7 +49,7 @@ class DitSettings:
     dim: int = 128
     layers: int = 6
     batch: int = 8
-    frames: int = 81
+    lengths: tuple[int, ...] = (33, 33, 33, 81)
     level: str = "plain"
     steps: int = 4000
     hold: float = 0.4
@@ -66,11 +69,10 @@ class DitSettings:
 
     @property
     def config(self) -> WanConfig:
-        return WanConfig(dim=self.dim, ffn_dim=4 * self.dim, heads=self.dim // 128, layers=self.layers,
-                         text_dim=TEXT_DIM, text_len=ROWS)
+        return micro_config(self.dim, self.layers)
 
 
-QUICK = DitSettings(layers=2, batch=2, frames=21, steps=6, code_clips=16)
+QUICK = DitSettings(layers=2, batch=2, lengths=(9, 21), steps=6, code_clips=16)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ def per_cell(mask: Tensor) -> Tensor:
     return torch.cat([F.avg_pool3d(first, (1, 8, 8)), F.avg_pool3d(rest, (4, 8, 8))], dim=2)
 
 
+def pixel_latents(frames: int) -> int:
+    """Latent frames of 1 + 4n pixel frames."""
+    return 1 + (frames - 1) // 4
+
+
 class DitTrainer(Stage):
     """The state of a run and its steps."""
 
@@ -114,17 +121,14 @@ class DitTrainer(Stage):
         self.average = Average(self.net, settings.average)
         self.optimiser = MuonAdamW(self.net.parameters(), settings.muon_lr, settings.adamw_lr, weight_decay=0.0)
         self.clock, self.phases, self.smooth = Clock(), settings.phases, math.nan
-        self.code = (code or fit(self._clips())).to(self.device)
-
-    def _clips(self):
-        s = self.settings
-        for number in range(0, s.code_clips, 8):
-            yield world.batch(mix(s.seed, CODE, number), 8, 33, level=s.level)[0]
+        self.code = (code or of_world(settings.code_clips, settings.seed)).to(self.device)
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """(latents, foreground share of every cell, conditioning) of the next step."""
         s, step = self.settings, self.clock.total
-        video, ids, _ = world.batch(mix(s.seed, TRAIN, step), s.batch, s.frames, self.device, level=s.level)
+        frames = s.lengths[step % len(s.lengths)]
+        clips = s.batch * pixel_latents(max(s.lengths)) // pixel_latents(frames)
+        video, ids, _ = world.batch(mix(s.seed, TRAIN, step), clips, frames, self.device, level=s.level)
         text = self.codec.embed(ids)
         if step % round(1 / s.empty) == 0:
             text = torch.zeros_like(text)

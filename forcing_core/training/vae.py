@@ -4,8 +4,9 @@
   its own gradients;
 - "joint": both are tuned together on the pixels, held near the code.
 
-The weights that count are an average over steps. At the end their latents are scaled to mean 0 and variance 1 in
-every channel, stored in float16, loaded again and measured on clips that were never trained on.
+The weights that count are an average over steps. At the end they are stored in float16, loaded again and measured on
+clips that were never trained on. Their latents stay those of the code, mean 0 and variance 1, so that a diffusion
+model can be trained on the code at the same time.
 
 All randomness follows from (seed, step), so a resumed run on one machine equals an uninterrupted one, bit for
 bit on the CPU; under a time limit only as far as the clock allows.
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..micro import world
-from ..micro.code import LinearCode, fit
+from ..micro.code import LinearCode, of_world
 from ..micro.vae import MicroVAE, load_vae, vae_bytes
 from ..noise import mix
 from .loop import Stage, finite
@@ -35,7 +36,7 @@ from .state import Average, Clock, Phase, learning_rate, write_whole
 
 CHECKPOINT, WEIGHTS, REPORT = "vae.checkpoint.pt", "micro_vae.safetensors", "vae_report.json"
 # Streams of seeds that never meet.
-TRAIN, CODE, SCALE, HELD_OUT, NOISE = range(5)
+TRAIN, HELD_OUT, NOISE = 0, 3, 4
 LAYOUTS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
 
@@ -100,7 +101,7 @@ class VaeTrainer(Stage):
         self.average = Average(self.vae, settings.average)
         self.optimiser = MuonAdamW(self.vae.parameters(), settings.muon_lr, settings.adamw_lr, settings.weight_decay)
         self.clock, self.phases, self.layout = Clock(), settings.phases(), "channels_last"
-        self.code = code or fit(self.clips(CODE, settings.code_clips, 33))
+        self.code = (code or of_world(settings.code_clips, settings.seed)).to(self.device)
 
     def clips(self, stream: int, count: int, frames: int, split: str = "train", at_once: int = 8) -> Iterator[Tensor]:
         """Batches of videos, `count` clips in all, of all levels in turn."""
@@ -133,7 +134,8 @@ class VaeTrainer(Stage):
         with self._precision():
             # Only the inputs are laid out: the layers follow them, and Muon needs contiguous weights.
             latents = self.vae.encode(video.contiguous(memory_format=layout))
-            read = (latents if joint else target) + noise
+            # Tuned together, the decoder goes on reading the code too: that is what the diffusion model writes.
+            read = (latents if joint and self.clock.total % 2 else target) + noise
             made = self.vae.decode(read.contiguous(memory_format=layout))
         pull = (latents - target).square().mean() * (settings.pull if joint else 1.0)
         return pixel_loss(made, video, mask, settings.foreground, settings.l1) + pull, made, mask
@@ -173,12 +175,9 @@ class VaeTrainer(Stage):
 
     @torch.no_grad()
     def finished(self) -> MicroVAE:
-        """A VAE of the averaged weights, its latents scaled on clips of the world."""
+        """A VAE of the averaged weights."""
         vae = MicroVAE(self.settings.dim).to(self.device)
         self.average.copy_to(vae)
-        clips = self.clips(SCALE, max(8, self.settings.code_clips // 4), self.settings.held_out_frames)
-        latents = _by_channel([vae.encode(video) for video in clips])
-        vae.rescale(latents.mean(1), latents.std(1))
         return vae
 
     @torch.no_grad()
