@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .plan import Call, Phase, Plan
 from .policies import Policy, build
 from .rope import Rope, rotate
-from .store import Store
+from .store import Store, store_bytes
 
 
 class Exchange(Protocol):
@@ -45,19 +46,27 @@ class Pass:
 
     def exchange(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         roped = rotate(k, self._turn)
-        kept = (self._clip(t) for t in (k, roped, v))
-        self.store.write(layer, self.plan.write, *kept)
+        if self.plan.write:
+            self.store.write(layer, self.plan.write, *(self._clip(t, self._kept) for t in (k, roped, v)))
         self.store.align(layer, self.plan, self.rope)
-        keys, values = (k, v) if q is None else self.store.read(layer, self.plan, self.rope)
+        keys, values = (k, v) if q is None else self._read(layer, roped, v)
         if layer == self.store.layers - 1:
             self.store.settle(self.plan)
         return None if q is None else rotate(q, self._turn), keys, values
 
-    def _clip(self, t: Tensor) -> Tensor:
-        """The frames of the call that the plan keeps (all but a few, and only in a recache)."""
-        if len(self._kept) == self.call.frames:
+    def _read(self, layer: int, roped: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored frames, then the call's own ones that are attended to without being stored."""
+        parts = [self.store.read(layer, self.plan, self.rope)] if self.plan.read else []
+        if self.plan.own:
+            own = [self.call.span.index(frame) for frame in self.plan.own]
+            parts.append((self._clip(roped, own), self._clip(v, own)))
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(t, dim=1) for t in zip(*parts))
+
+    def _clip(self, t: Tensor, frames: list[int]) -> Tensor:
+        """These frames of the call, by their number in it."""
+        if len(frames) == self.call.frames:
             return t
-        return t.unflatten(1, (self.call.frames, -1))[:, self._kept].flatten(1, 2)
+        return t.unflatten(1, (self.call.frames, -1))[:, frames].flatten(1, 2)
 
 
 @dataclass
@@ -73,7 +82,8 @@ class Memory:
 
     def begin(self, first: int, frames: int, phase: Phase) -> Pass:
         call = Call(first, frames, phase, self.store.frames)
-        return Pass(self.policy.plan(call), call, self.store, self.rope)
+        make = getattr(self.policy, "make_pass", Pass)
+        return make(self.policy.plan(call), call, self.store, self.rope)
 
     def forget(self) -> None:
         """Drop every frame (a recache that also renews the sink starts with this)."""
@@ -89,4 +99,12 @@ def make_memory(options, frames: int, *, layers: int, grid: tuple[int, int], hea
     options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame.
     """
     policy = build(options, frames)
-    return Memory(policy, Store(layers, policy.capacity, grid[0] * grid[1], policy.keys), Rope(grid, head_dim, device))
+    make = getattr(policy, "make_store", Store)
+    return Memory(policy, make(layers, policy.capacity, grid[0] * grid[1], policy.keys), Rope(grid, head_dim, device))
+
+
+def memory_bytes(policy: Policy, **sizes: int) -> int:
+    """Exact bytes that the memory of one condition will take; sizes as `store.store_bytes` names them (layers,
+    frame_tokens, dim, batch, element_size)."""
+    count = getattr(policy, "store_bytes", None)
+    return count(**sizes) if count else store_bytes(capacity=policy.capacity, keys=policy.keys, **sizes)

@@ -1,13 +1,13 @@
 """Everything about a rollout that is not a tensor, and the checks that can be made before the long work starts."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Sequence
 
 from .errors import ForcingError
 from .plan import Block, layout
-from .policies import WindowOptions
-from .presets import Preset
+from .policies import KINDS, WindowOptions
+from .presets import POLICIES, Preset
 from .schedule import Level, levels, unipc_levels
 
 # How a sigma of the graph becomes the timestep that the network is told.
@@ -31,7 +31,7 @@ class RolloutOptions:
 
     system: str = ""
     block: int = 3
-    cache: WindowOptions = field(default_factory=WindowOptions)
+    cache: Any = field(default_factory=WindowOptions)
     independent_first: bool = False
     first_sigmas: tuple[float, ...] | None = None
     context_timestep: float = 0.0
@@ -75,12 +75,25 @@ def _timestep_rule(preset: Preset) -> str:
     return "floor" if preset.solver == "unipc" else "exact" if preset.warp else "round"
 
 
-def from_preset(preset: Preset, cache: WindowOptions | None = None) -> RolloutOptions:
-    """The options of a published system; `cache` replaces its window, sink and positions."""
+def cache_of(preset: Preset, **changes) -> Any:
+    """Options of the cache policy of a preset; `changes` (window, sink, positions ...) go before its own values.
+
+    Raises ForcingError for a preset whose policy this version does not have.
+    """
+    if preset.policy not in KINDS:
+        raise ForcingError(f"{preset.name} cannot be run here: {POLICIES[preset.policy]}. Use self-forcing or longlive.")
+    kind, _ = KINDS[preset.policy]
+    known = {f.name for f in fields(kind)}
+    own = {"window": preset.window, "sink": preset.sink, "block": preset.block, "positions": preset.positions,
+           **dict(preset.options)}
+    return kind(**{**{name: value for name, value in own.items() if name in known}, **changes})
+
+
+def from_preset(preset: Preset, cache: Any = None) -> RolloutOptions:
+    """The options of a published system; `cache` (options of any cache policy) replaces its own."""
     return RolloutOptions(
         system=preset.title, block=preset.block, independent_first=preset.independent_first,
-        cache=cache or WindowOptions(window=preset.window, sink=preset.sink, block=preset.block,
-                                     positions=preset.positions),
+        cache=cache or cache_of(preset),
         first_sigmas=first_sigmas_of(preset), context_timestep=preset.context_timestep,
         timesteps=_timestep_rule(preset), solver=preset.solver, expected=sigmas_of(preset), guided=preset.cfg != 1.0)
 

@@ -49,7 +49,8 @@ class Plan:
     evict: held frames dropped before anything is written.
     write: frames of the call whose keys and values are kept (a recache may keep fewer than it computes).
     read: stored frames attended to, after writing, in temporal order; `positions` are their temporal
-    RoPE positions. query: temporal position of every frame of the call.
+    RoPE positions. query: temporal position of every frame of the call. own: frames of the call attended to at
+    their query positions without being stored (a joint pass over frames that are not final yet).
     """
 
     evict: tuple[int, ...]
@@ -57,6 +58,7 @@ class Plan:
     read: tuple[int, ...]
     positions: tuple[int, ...]
     query: tuple[int, ...]
+    own: tuple[int, ...] = ()
 
 
 def layout(frames: int, block: int, *, given: int = 0, independent_first: bool = False,

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .errors import ForcingError
 from .media import INK, PAPER, font, pillow
+from .memory import memory_bytes
 from .plan import Block, Call, Plan, context_chunks, layout
 from .policies import Policy, build
-from .store import Keys, store_bytes
+from .store import Keys
 
 FPS = 16
 ROWS, COLUMNS = 24, 96  # most rows and columns that are drawn; longer videos are cut in the middle
@@ -131,8 +132,8 @@ def format_bytes(count: int) -> str:
 def announce(options, frames: int, shape: StoreShape = StoreShape()) -> Announcement:
     """The bytes of the stores for a video of `frames` latent frames, before anything is allocated."""
     policy = build(options, frames)
-    one = store_bytes(layers=shape.layers, capacity=policy.capacity, frame_tokens=shape.frame_tokens, dim=shape.dim,
-                      batch=shape.batch, element_size=shape.element_size, keys=policy.keys)
+    one = memory_bytes(policy, layers=shape.layers, frame_tokens=shape.frame_tokens, dim=shape.dim, batch=shape.batch,
+                       element_size=shape.element_size)
     many = f", {shape.conditions} conditions" if shape.conditions > 1 else ""
     batch = f", batch {shape.batch}" if shape.batch > 1 else ""
     total = one * shape.conditions

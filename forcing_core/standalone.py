@@ -4,7 +4,7 @@ Axis legend of latents: [B, C, F, H, W].
 """
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 from torch import Tensor
 
@@ -12,28 +12,27 @@ from .denoiser import Condition, Denoiser, NetworkDenoiser
 from .errors import ForcingError
 from .memory import make_memory
 from .noise import Noise
-from .options import first_levels_of, levels_of
+from .options import cache_of, first_levels_of, levels_of
 from .plan import Block, layout
-from .policies import WindowOptions
-from .presets import POLICIES, Preset
-from .rollout import block_rollout
+from .policies import KINDS
+from .presets import Preset
+from .rollout import ROLLOUTS
 from .solvers import SOLVERS
 from .wan import WanModel
 
 
-def window_options(preset: Preset, **changes) -> WindowOptions:
+def window_options(preset: Preset, **changes) -> Any:
     """The cache policy of a preset; `changes` (window, sink, positions ...) go before its own values.
 
-    Raises ForcingError for a preset with another policy than the window.
+    Raises ForcingError for a preset with a policy or a solver that this version does not have.
     """
-    if preset.policy != "window" or preset.solver not in SOLVERS:
-        why = POLICIES[preset.policy] or f"its solver {preset.solver!r} is not part of this version"
-        raise ForcingError(f"{preset.name} cannot be run here: {why}. Use self-forcing or longlive.")
-    own = {"window": preset.window, "sink": preset.sink, "block": preset.block, "positions": preset.positions}
-    return WindowOptions(**{**own, **changes})
+    if preset.policy in KINDS and preset.solver not in SOLVERS:
+        raise ForcingError(f"{preset.name} cannot be run here: its solver {preset.solver!r} is not part of this version. "
+                           "Use self-forcing or longlive.")
+    return cache_of(preset, **changes)
 
 
-def make_denoiser(net: WanModel, options: WindowOptions, frames: int, size: tuple[int, int],
+def make_denoiser(net: WanModel, options: Any, frames: int, size: tuple[int, int],
                   prompts: Sequence[Tensor], guidance: float = 1.0) -> NetworkDenoiser:
     """A denoiser with an empty store for each condition.
 
@@ -61,10 +60,10 @@ def blocks_of(preset: Preset, frames: int) -> tuple[Block, ...]:
 
 def preset_rollout(preset: Preset, denoiser: Denoiser, frames: int, noise: Noise) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) of `frames` new latent frames, run as the preset's authors do it."""
-    return block_rollout(denoiser, blocks_of(preset, frames), levels_of(preset), noise,
-                         first_levels=first_levels_of(preset),
-                         block=preset.block, independent_first=preset.independent_first,
-                         context_timestep=preset.context_timestep, solver=SOLVERS[preset.solver])
+    run = ROLLOUTS[KINDS[preset.policy][0].rollout]
+    return run(denoiser, blocks_of(preset, frames), levels_of(preset), noise, first_levels=first_levels_of(preset),
+               block=preset.block, independent_first=preset.independent_first, context_timestep=preset.context_timestep,
+               solver=SOLVERS[preset.solver])
 
 
 def latent_size(width: int, height: int) -> tuple[int, int]:

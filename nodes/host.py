@@ -22,12 +22,11 @@ from torch import Tensor
 
 from ..forcing_core.attention import sage_mutates_keys
 from ..forcing_core.errors import ForcingError
-from ..forcing_core.memory import Memory, make_memory
+from ..forcing_core.memory import Memory, make_memory, memory_bytes
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.plan import Phase
 from ..forcing_core.policies import build
 from ..forcing_core.schedule import Level
-from ..forcing_core.store import store_bytes
 from ..forcing_core.wan import Ops, TextState, forward
 
 log = logging.getLogger(__name__)
@@ -89,8 +88,8 @@ def shape_of(base_model, latent_shape) -> Shape:
 def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, conditions: int = 1) -> int:
     """Exact bytes that the stores of a run will take."""
     policy = build(options.cache, shape.frames)
-    return conditions * store_bytes(layers=shape.layers, capacity=policy.capacity, frame_tokens=shape.tokens,
-                                    dim=shape.dim, batch=shape.batch, element_size=element_size, keys=policy.keys)
+    return conditions * memory_bytes(policy, layers=shape.layers, frame_tokens=shape.tokens, dim=shape.dim,
+                                     batch=shape.batch, element_size=element_size)
 
 
 def count_conditions(guider) -> int:

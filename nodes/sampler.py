@@ -14,7 +14,7 @@ from ..forcing_core.errors import ForcingError
 from ..forcing_core.noise import BlockNoise, CoreNoise, Noise, ReferenceNoise
 from ..forcing_core.options import RolloutOptions, blocks_of, check_sigmas, levels_from
 from ..forcing_core.plan import Block, context_chunks
-from ..forcing_core.rollout import block_rollout
+from ..forcing_core.rollout import ROLLOUTS
 from ..forcing_core.schedule import renoise
 from ..forcing_core.solvers import SOLVERS
 from .host import HostDenoiser, exclusive, make_room, network, out_of_memory, refuse_partial_conditions, run_bytes, shape_of
@@ -192,7 +192,7 @@ class _Run:
             progress.tick(x, x0)
             return x0
 
-        return block_rollout(denoise, self.blocks, self.levels, self.noise, first_levels=self.first_levels,
+        return ROLLOUTS[options.cache.rollout](denoise, self.blocks, self.levels, self.noise, first_levels=self.first_levels,
                              context=self.given, block=options.block, independent_first=options.independent_first,
                              context_timestep=options.context_timestep, solver=SOLVERS[options.solver])
 

@@ -15,7 +15,12 @@ from .window import Window, WindowOptions
 
 
 class Policy(Protocol):
-    """`capacity`: latent frames the store must hold. `keys`: the key arrangement the store needs."""
+    """`capacity`: latent frames the store must hold. `keys`: the key arrangement the store needs.
+
+    A policy that looks at keys, or changes them, brings more: `make_pass(plan, call, store, rope)` gives the pass
+    (by default `memory.Pass`), `make_store(layers, capacity, frame_tokens, keys)` the store (`store.Store`), and
+    `store_bytes(layers, frame_tokens, dim, batch, element_size)` what that takes.
+    """
 
     capacity: int
     keys: Keys

@@ -6,6 +6,7 @@ variant with block-relative positions), Infinity-RoPE (2511.20649).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..errors import ForcingError
 from ..plan import Call, Plan
@@ -22,6 +23,7 @@ class WindowOptions:
     limit: first temporal position that may not be used; 1024 is the published table, smaller values bound
     the distance between sink and query to what the model was trained on.
     compact: keep only raw keys where positions move (a third less memory, rotated at every read).
+    rollout: key of `rollout.ROLLOUTS`, in which order forwards are made.
     """
 
     window: int | None = None
@@ -30,6 +32,7 @@ class WindowOptions:
     positions: str = "absolute"
     limit: int = TABLE_ROWS
     compact: bool = False
+    rollout: ClassVar[str] = "block"
 
     def __post_init__(self):
         if self.positions not in POSITIONS:

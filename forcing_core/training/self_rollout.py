@@ -44,7 +44,7 @@ class LivePass(Pass):
         with torch.no_grad():
             super().exchange(layer, None, k.detach(), v.detach())
             older = self._older(layer)
-        roped, v = self._clip(rotate(k, self._turn)), self._clip(v)
+        roped, v = self._clip(rotate(k, self._turn), self._kept), self._clip(v, self._kept)
         if older is not None:
             roped, v = torch.cat([older[0], roped], 1), torch.cat([older[1], v], 1)
         return rotate(q, self._turn), roped, v

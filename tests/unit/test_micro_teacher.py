@@ -12,7 +12,7 @@ from forcing_pack.forcing_core.training import dit
 from forcing_pack.forcing_core.training.pixels import foreground
 from safetensors import safe_open
 
-SMALL = replace(dit.QUICK, layers=1, frames=9, steps=8)
+SMALL = replace(dit.QUICK, layers=1, lengths=(9,), steps=8)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
