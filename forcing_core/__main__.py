@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": (".cli.demo", "make a short video with the embedded model"),
     "parity": (".cli.parity", "compare with recorded results of the published pipelines"),
     "bench": (".cli.bench", "measure speed and memory on this machine"),
+    "evaluate": (".cli.evaluate", "measure the micro model from the pixels of its videos"),
     "train": (".cli.train", "train the micro models"),
     "presets": (".cli.presets", "list the published systems and how they are run"),
     "fetch": (".cli.fetch", "download the weights of a preset"),

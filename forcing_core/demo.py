@@ -1,8 +1,8 @@
 """The demo: a whole rollout on the CPU, from noise to an MP4, with nothing to download.
 
-The network of `RandomSource` has RANDOM weights: its picture is abstract coloured noise and says nothing about
-quality. What the demo shows is that schedule, store, window, rollout and video output work on this machine.
-A trained model takes its place by being another `Source`.
+By default it runs the trained micro model that comes with the package (`micro.source.MicroSource`). The network of
+`RandomSource` has RANDOM weights: its picture is abstract coloured noise and says nothing about quality, only that
+schedule, store, window, rollout and video output work on this machine. Any other model is another `Source`.
 
 Axis legend of latents: [B, C, F, h, w]. Pixel frames = 1 + 4 * (latent frames - 1).
 """
@@ -22,6 +22,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from .denoiser import NetworkDenoiser
 from .errors import ForcingError
 from .media import ContactSheet, save_png, write_mp4
+from .micro.source import MicroSource
 from .noise import BlockNoise
 from .options import pixel_frames
 from .policies import WindowOptions
@@ -43,6 +44,7 @@ class Source(Protocol):
     """Where network and pictures of a demo come from.
 
     notice: one sentence on what will be seen. channels: latent channels. size: usual (width, height) in pixels.
+    usual_preset: name of the preset for so many latent frames, where none was asked for.
     latent_size: (h, w) of the latent for a picture of that many pixels; ForcingError where there is none.
     denoiser: with empty stores, for `frames` latent frames of (h, w).
     decoder: a new causal decoder: fed x0 [1, C, n, h, w] block by block, it yields uint8 [H, W, 3] frames, one
@@ -52,6 +54,8 @@ class Source(Protocol):
     notice: str
     channels: int
     size: tuple[int, int]
+
+    def usual_preset(self, frames: int) -> str: ...
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]: ...
 
@@ -73,6 +77,13 @@ class RandomSource:
     @property
     def channels(self) -> int:
         return self.config.in_channels
+
+    def usual_preset(self, frames: int) -> str:
+        """self-forcing for up to 5 s as trained, longlive (window 12, sink 3) to the end of its position table,
+        then longlive with relative positions."""
+        if frames <= 21:
+            return "self-forcing"
+        return "longlive" if frames <= TABLE_ROWS else "longlive-infinity"
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]:
         return latent_size(width, height)
@@ -115,7 +126,7 @@ class Projection:
 @dataclass(frozen=True)
 class DemoOptions:
     """seconds: length of the video at 16 fps, rounded up to a latent frame. preset: name of a preset with the
-    window policy, None chooses by length. seed: of the noise. size: (width, height) in pixels, None is usual."""
+    window policy, None leaves it to the source. seed: of the noise. size: (width, height) in pixels, None is usual."""
 
     seconds: float = 5.0
     preset: str | None = None
@@ -160,25 +171,16 @@ class Made:
     stopped: bool
 
 
-def choose_preset(options: DemoOptions) -> Preset:
-    """The preset asked for, or by length: self-forcing for up to 5 s as trained, longlive (window 12, sink 3)
-    to the end of its position table, then longlive with relative positions."""
-    if options.preset is not None:
-        return get(options.preset)
-    if options.seconds <= 5:
-        return get("self-forcing")
-    return get("longlive" if options.frames <= TABLE_ROWS else "longlive-infinity")
-
-
 def make(out: str | Path, options: DemoOptions = DemoOptions(), source: Source | None = None, *,
          stop: Callable[[], bool] = lambda: False, progress: Callable[[Progress], None] = lambda _: None) -> Made:
     """Run the rollout and write the video to `out` (.mp4) and a contact sheet beside it (.png).
 
+    source: what makes the pictures, by default the micro model with its default prompt.
     stop: asked before every forward of the network; once it says True, what has been made is written.
     Raises ForcingError for bad options, an unknown preset and a place that cannot be written to.
     """
-    out, source = _video_path(out), source or RandomSource()
-    preset = choose_preset(options)
+    out, source = _video_path(out), source or MicroSource()
+    preset = get(source.usual_preset(options.frames) if options.preset is None else options.preset)
     run = _Run(options, preset, source, stop, progress)
     frames = run.pictures()
     first = next(frames, None)

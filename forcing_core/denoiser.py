@@ -14,19 +14,26 @@ from torch import Tensor
 from .memory import Memory
 from .plan import Phase
 from .schedule import Level, x0_from_velocity
-from .wan import Ops, TextState, forward
+from .wan import Ops, TextState, blended, forward
 
 
 class Denoiser(Protocol):
     """x: [B, C, F, H, W], levels: one per frame, first: number of the first frame. Returns x0 like x, or None
-    for a silent ("clean", "recache") phase. `replace_text` switches to prompt number `segment`; `forget`
-    empties the store."""
+    for a silent ("clean", "recache") phase. `replace_text` switches to prompt number `segment`, `blend_text` to
+    (1 - weight) * a + weight * b of two prompts. `forget` empties the store; `flush` drops all but its sink and the
+    newest `last` frames; `jump` puts the block at frame `first` that many temporal positions further away."""
 
     def __call__(self, x: Tensor, levels: Sequence[Level], first: int, phase: Phase) -> Tensor | None: ...
 
     def replace_text(self, segment: int) -> None: ...
 
+    def blend_text(self, a: int, b: int, weight: float) -> None: ...
+
     def forget(self) -> None: ...
+
+    def flush(self, last: int) -> None: ...
+
+    def jump(self, first: int, distance: int) -> None: ...
 
 
 @dataclass
@@ -42,6 +49,10 @@ class Condition:
 
     def __post_init__(self):
         self.text = TextState(self.prompts[0])
+
+    def prompt(self, segment: int) -> Tensor:
+        """The prompt of a segment; the last one goes on where there are fewer prompts than segments."""
+        return self.prompts[min(segment, len(self.prompts) - 1)]
 
 
 @dataclass
@@ -70,11 +81,23 @@ class NetworkDenoiser:
 
     def replace_text(self, segment: int) -> None:
         for condition in self.conditions:
-            condition.text = TextState(condition.prompts[min(segment, len(condition.prompts) - 1)])
+            condition.text = TextState(condition.prompt(segment))
+
+    def blend_text(self, a: int, b: int, weight: float) -> None:
+        for condition in self.conditions:
+            condition.text = TextState(blended(condition.prompt(a), condition.prompt(b), weight))
 
     def forget(self) -> None:
         for condition in self.conditions:
             condition.memory.forget()
+
+    def flush(self, last: int) -> None:
+        for condition in self.conditions:
+            condition.memory.flush(last)
+
+    def jump(self, first: int, distance: int) -> None:
+        for condition in self.conditions:
+            condition.memory.jump(first, distance)
 
     @torch.no_grad()
     def _velocity(self, condition: Condition, x: Tensor, levels: Sequence[Level], first: int, phase: Phase):

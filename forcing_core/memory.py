@@ -1,72 +1,15 @@
-"""What one condition remembers, and the pass through which a layer meets it.
-
-Order of work inside `Pass.exchange`, always: evict -> write -> read. The network sees nothing but a pass; it
-never learns which policy made it.
-"""
+"""What one condition remembers: its policy and its store. How a layer meets them is `passes.py`."""
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
+from .errors import ForcingError
+from .passes import Pass
 from .plan import Call, Phase, Plan
 from .policies import Policy, build
-from .rope import Rope, rotate
-from .store import Store, store_bytes
-
-
-class Exchange(Protocol):
-    """All that a layer knows of memory. `silent` passes stop after the last layer's keys and values."""
-
-    silent: bool
-
-    def exchange(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor, Tensor]: ...
-
-
-@dataclass
-class Pass:
-    """One forward with its plan. q, k, v are raw projections [B, n, H, D] of the call's frames.
-
-    `exchange` stores k and v as planned and returns the rotated q and the rotated keys and the values to
-    attend to. With q None (the last layer of a silent pass) it only stores.
-    """
-
-    plan: Plan
-    call: Call
-    store: Store
-    rope: Rope
-
-    def __post_init__(self):
-        self.silent = self.call.phase != "noisy"
-        self._turn = self.rope.table(self.plan.query)
-        self._kept = [self.call.span.index(frame) for frame in self.plan.write]
-        self.store.place(self.plan)
-
-    def exchange(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        roped = rotate(k, self._turn)
-        if self.plan.write:
-            self.store.write(layer, self.plan.write, *(self._clip(t, self._kept) for t in (k, roped, v)))
-        self.store.align(layer, self.plan, self.rope)
-        keys, values = (k, v) if q is None else self._read(layer, roped, v)
-        if layer == self.store.layers - 1:
-            self.store.settle(self.plan)
-        return None if q is None else rotate(q, self._turn), keys, values
-
-    def _read(self, layer: int, roped: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored frames, then the call's own ones that are attended to without being stored."""
-        parts = [self.store.read(layer, self.plan, self.rope)] if self.plan.read else []
-        if self.plan.own:
-            own = [self.call.span.index(frame) for frame in self.plan.own]
-            parts.append((self._clip(roped, own), self._clip(v, own)))
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(t, dim=1) for t in zip(*parts))
-
-    def _clip(self, t: Tensor, frames: list[int]) -> Tensor:
-        """These frames of the call, by their number in it."""
-        if len(frames) == self.call.frames:
-            return t
-        return t.unflatten(1, (self.call.frames, -1))[:, frames].flatten(1, 2)
+from .policies.base import storage_of
+from .rope import Rope
+from .store import PLAIN, Keys, Storage, Store, store_bytes, store_host_bytes
 
 
 @dataclass
@@ -79,32 +22,77 @@ class Memory:
     policy: Policy
     store: Store
     rope: Rope
+    jumps: dict[int, int] = field(default_factory=dict)  # first frame of a call -> temporal positions further away
 
     def begin(self, first: int, frames: int, phase: Phase) -> Pass:
         call = Call(first, frames, phase, self.store.frames)
         make = getattr(self.policy, "make_pass", Pass)
-        return make(self.policy.plan(call), call, self.store, self.rope)
+        plan = self.policy.plan(call)
+        if first in self.jumps and phase != "recache":
+            plan = _jumped(plan, call.span, self.jumps[first])
+        return make(plan, call, self.store, self.rope)
 
     def forget(self) -> None:
         """Drop every frame (a recache that also renews the sink starts with this)."""
         self.store.clear()
 
+    def flush(self, last: int) -> None:
+        """Drop every frame but the sink and the newest `last` ones (KV flush of arXiv 2511.20649)."""
+        can_flush(self.policy)
+        self.store.keep(self.policy.flushed(self.store.frames, last))
+
+    def jump(self, first: int, distance: int) -> None:
+        """Let the block that starts at frame `first`, and it alone, stand `distance` positions behind its place
+        (RoPE cut of arXiv 2511.20649). The blocks after it find it where it belongs."""
+        can_jump(self.policy)
+        self.jumps[first] = distance
+
     def free(self) -> None:
         self.store.free()
+
+
+def _jumped(plan: Plan, span: tuple[int, ...], distance: int) -> Plan:
+    """The same plan with the call's own frames `distance` positions later."""
+    moved = tuple(p + distance * (frame in span) for frame, p in zip(plan.read, plan.positions))
+    return replace(plan, positions=moved, query=tuple(p + distance for p in plan.query))
+
+
+def can_flush(policy: Policy) -> None:
+    """Raise ForcingError for a policy that cannot say what a flush leaves."""
+    if not hasattr(policy, "flushed"):
+        raise ForcingError(f"The memory of {type(policy).__name__} cannot be flushed: it holds more than frames. Use the "
+                           "transition recache, keep or cut, or a plain window (Forcing Cache).")
+
+
+def can_jump(policy: Policy) -> None:
+    """Raise ForcingError for a policy whose keys cannot be moved in time afterwards."""
+    if policy.keys is Keys.ROPED:
+        raise ForcingError("A jump in time needs keys that can be moved, which absolute positions and videos that fit "
+                           "into the window do not have. Set positions to 'relative' with a window shorter than the "
+                           "video, or use the transition flush or cut.")
 
 
 def make_memory(options, frames: int, *, layers: int, grid: tuple[int, int], head_dim: int, device) -> Memory:
     """An empty memory for one condition of a video of `frames` latent frames.
 
-    options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame.
+    options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame. Raises ForcingError for a
+    kind of store that the device cannot do.
     """
-    policy = build(options, frames)
+    policy, storage = build(options, frames), storage_of(options)
+    storage.coder.check(device)
     make = getattr(policy, "make_store", Store)
-    return Memory(policy, make(layers, policy.capacity, grid[0] * grid[1], policy.keys), Rope(grid, head_dim, device))
+    variant = {} if storage == PLAIN else {"storage": storage}
+    return Memory(policy, make(layers, policy.capacity, grid[0] * grid[1], policy.keys, **variant),
+                  Rope(grid, head_dim, device))
 
 
-def memory_bytes(policy: Policy, **sizes: int) -> int:
-    """Exact bytes that the memory of one condition will take; sizes as `store.store_bytes` names them (layers,
-    frame_tokens, dim, batch, element_size)."""
+def memory_bytes(policy: Policy, storage: Storage = PLAIN, **sizes: int) -> int:
+    """Exact bytes of the device that the memory of one condition will take; sizes as `store.store_bytes` names them
+    (layers, frame_tokens, dim, batch, element_size; heads have 128 channels)."""
     count = getattr(policy, "store_bytes", None)
-    return count(**sizes) if count else store_bytes(capacity=policy.capacity, keys=policy.keys, **sizes)
+    return count(**sizes) if count else store_bytes(capacity=policy.capacity, keys=policy.keys, storage=storage, **sizes)
+
+
+def memory_host_bytes(policy: Policy, storage: Storage = PLAIN, **sizes: int) -> int:
+    """Exact bytes of host memory that it will take beside them: none unless it is offloaded."""
+    return store_host_bytes(capacity=policy.capacity, keys=policy.keys, storage=storage, **sizes) if storage.offload else 0

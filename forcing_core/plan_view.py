@@ -6,7 +6,7 @@ pixel frame 0, frame f > 0 starts at pixel frame 1 + 4 * (f - 1).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Sequence
 
 import torch
@@ -14,24 +14,27 @@ from torch import Tensor
 
 from .errors import ForcingError
 from .media import INK, PAPER, font, pillow
-from .memory import memory_bytes
-from .plan import Block, Call, Plan, context_chunks, layout
+from .memory import memory_bytes, memory_host_bytes
+from .plan import Block, Call, Plan, layout
 from .policies import Policy, build
-from .store import Keys
+from .policies.base import storage_of
+from .rollout import calls
+from .store import Keys, Storage
 
 FPS = 16
 ROWS, COLUMNS = 24, 96  # most rows and columns that are drawn; longer videos are cut in the middle
 COLOURS = {"block": (217, 95, 46), "past": (84, 134, 188), "sink": (38, 128, 112), "given": (226, 178, 62),
-           "evicted": (226, 226, 222), "future": PAPER}
+           "kept": (176, 196, 218), "tokens": (160, 142, 192), "evicted": (226, 226, 222), "future": PAPER}
 LEGEND = {"block": "block being made", "past": "past in the window", "sink": "sink", "given": "given",
-          "evicted": "evicted"}
+          "kept": "stored, not read", "tokens": "single tokens kept", "evicted": "evicted"}
 FAINT, FAR = (150, 150, 150), 64  # distances beyond FAR are drawn on a square-root axis
 
 
 @dataclass(frozen=True)
 class Row:
-    """The first forward of one block: source frames it reads, their temporal positions, positions of its own
-    frames, the frames dropped since the row before, and which of the read frames are sinks."""
+    """The first forward of one block, or a joint one of a whole window of blocks: source frames it reads, their
+    temporal positions, positions of its own frames, the frames dropped since the row before, which of the read
+    frames are sinks, which stored ones it does not read, and of which evicted ones single tokens may be left."""
 
     block: Block
     read: tuple[int, ...]
@@ -39,6 +42,8 @@ class Row:
     query: tuple[int, ...]
     evicted: tuple[int, ...]
     sink: tuple[int, ...]
+    kept: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     @property
     def distances(self) -> tuple[int, ...]:
@@ -49,7 +54,7 @@ class Row:
 @dataclass(frozen=True)
 class PlanTable:
     """The plans of one video. frames: latent frames in all, the `given` ones included. capacity, keys: the
-    store that the policy needs."""
+    store that the policy needs. unit: what a row is, a block or a window of blocks."""
 
     options: object
     frames: int
@@ -57,6 +62,7 @@ class PlanTable:
     capacity: int
     keys: Keys
     rows: tuple[Row, ...]
+    unit: str = "block"
 
 
 @dataclass(frozen=True)
@@ -85,36 +91,51 @@ class StoreShape:
 
 @dataclass(frozen=True)
 class Announcement:
-    """bytes: exactly what the stores of all conditions take. text: one line for people."""
+    """bytes: exactly what the stores of all conditions take of the device. text: one line for people. host_bytes: what
+    they take of host memory beside that, where they are offloaded."""
 
     bytes: int
     text: str
+    host_bytes: int = 0
 
 
-def simulate(options, frames: int, *, block: int | None = None, given: int = 0,
-             independent_first: bool = False) -> PlanTable:
-    """The plans of a block rollout over `frames` latent frames, the first `given` of which are given.
+def simulate(options, frames: int, *, block: int | None = None, given: int = 0, independent_first: bool = False,
+             steps: int = 5) -> PlanTable:
+    """The plans of a rollout over `frames` latent frames, the first `given` of which are given.
 
-    block: frames a block, by default that of the options. Raises ForcingError for lengths that cannot be made.
+    block: frames a block, by default that of the options. steps: denoising steps, which set how many blocks a
+    rolling window holds. Raises ForcingError for lengths that cannot be made.
     """
     size = options.block if block is None else block
     if size < 1 or given < 0:
         raise ForcingError(f"Blocks of {size} after {given} given frames make no sense. Use at least 1 and 0.")
     blocks = layout(frames - given, size, given=given, independent_first=independent_first)
     policy, sink = build(options, frames), getattr(options, "sink", 0)
+    rows: list[Row] = []
     held: tuple[int, ...] = ()
     gone: tuple[int, ...] = ()
-    for first, count in context_chunks(given, size, independent_first):
-        plan, held = _call(policy, Call(first, count, "clean", held))
+    left: list[tuple[int, ...]] = []  # by eviction: a policy may keep single tokens of the last few
+    last: Call | None = None
+    for call in calls(options.rollout, blocks, steps, given=given, block=size, independent_first=independent_first):
+        if call == last:  # a further step of the same block changes nothing
+            continue
+        last = call
+        plan, held = _call(policy, replace(call, held=held))
         gone += plan.evict
-    rows = []
-    for current in blocks:
-        plan, held = _call(policy, Call(current.first, current.frames, "noisy", held))
-        rows.append(Row(current, plan.read, plan.positions, plan.query, gone + plan.evict,
-                        tuple(f for f in plan.read if f < min(sink, current.first))))
-        plan, held = _call(policy, Call(current.first, current.frames, "clean", held))
-        gone = plan.evict
-    return PlanTable(options, frames, given, policy.capacity, policy.keys, tuple(rows))
+        left += [plan.evict] * bool(plan.evict)
+        if call.phase == "noisy":
+            lingering = left[max(0, len(left) - getattr(policy, "lingers", 0)):]
+            rows.append(replace(_row(len(rows), call, plan, held, gone, sink), tokens=sum(lingering, ())))
+            gone = ()
+    unit = "block" if options.rollout == "block" else "window"
+    return PlanTable(options, frames, given, policy.capacity, policy.keys, tuple(rows), unit)
+
+
+def _row(index: int, call: Call, plan: Plan, held: tuple[int, ...], gone: tuple[int, ...], sink: int) -> Row:
+    own = dict(zip(call.span, plan.query))
+    read, positions = plan.read + plan.own, plan.positions + tuple(own[f] for f in plan.own)
+    return Row(Block(index, call.first, call.frames), read, positions, plan.query, gone,
+               tuple(f for f in read if f < min(sink, call.first)), tuple(f for f in held if f not in read))
 
 
 def _call(policy: Policy, call: Call) -> tuple[Plan, tuple[int, ...]]:
@@ -131,15 +152,24 @@ def format_bytes(count: int) -> str:
 
 def announce(options, frames: int, shape: StoreShape = StoreShape()) -> Announcement:
     """The bytes of the stores for a video of `frames` latent frames, before anything is allocated."""
-    policy = build(options, frames)
-    one = memory_bytes(policy, layers=shape.layers, frame_tokens=shape.frame_tokens, dim=shape.dim, batch=shape.batch,
-                       element_size=shape.element_size)
+    policy, storage = build(options, frames), storage_of(options)
+    sizes = {"layers": shape.layers, "frame_tokens": shape.frame_tokens, "dim": shape.dim, "batch": shape.batch,
+             "element_size": shape.element_size}
+    total, host = (shape.conditions * count(policy, storage, **sizes) for count in (memory_bytes, memory_host_bytes))
     many = f", {shape.conditions} conditions" if shape.conditions > 1 else ""
     batch = f", batch {shape.batch}" if shape.batch > 1 else ""
-    total = one * shape.conditions
-    return Announcement(total, f"KV store {format_bytes(total)}: {policy.capacity} of {frames} latent frames, "
+    where = f" on the device and {format_bytes(host)} in host memory" if storage.offload else ""
+    return Announcement(total, f"KV store {format_bytes(total)}{where}: {policy.capacity} of {frames} latent frames, "
                                f"{shape.layers} layers x {shape.dim}, {shape.frame_tokens} tokens a frame, "
-                               f"{8 * shape.element_size} bit{many}{batch}")
+                               f"{_numbers(storage, 8 * shape.element_size)}{many}{batch}", host)
+
+
+def _numbers(storage: Storage, bits: int) -> str:
+    """What a number is in a store whose compute dtype has so many bits."""
+    if storage.coder.exact:
+        return f"{bits} bit"
+    newest = f" (the newest {storage.dense} frames also {bits} bit)" if storage.dense else ""
+    return f"{storage.codec} with scales{newest}"
 
 
 def start_seconds(frame: int) -> float:
@@ -170,7 +200,8 @@ def _visible(table: PlanTable) -> tuple[list[int | None], list[int | None]]:
     half = ROWS // 2 if len(rows) > ROWS else len(rows)
     if table.frames <= COLUMNS:
         return _cut(len(rows), half, half), _cut(table.frames, table.frames, 0)
-    half = max(1, min(ROWS // 2, COLUMNS * 2 // 5 // max(row.block.frames for row in rows)))
+    ends = [table.given, *(row.block.end for row in rows)]
+    half = max(1, min(ROWS // 2, COLUMNS * 2 // 5 // max(after - before for before, after in zip(ends, ends[1:]))))
     head = min(rows[min(half, len(rows)) - 1].block.end, COLUMNS // 2)
     recent = [f for f in rows[-min(half, len(rows))].read if f >= getattr(table.options, "sink", 0)]
     tail = min(table.frames - min(recent), COLUMNS - head)
@@ -183,7 +214,7 @@ def _state(table: PlanTable, row: Row, frame: int) -> str:
     if frame >= row.block.end:
         return "future"
     if frame not in row.read:
-        return "evicted"
+        return "kept" if frame in row.kept else "tokens" if frame in row.tokens else "evicted"
     return "sink" if frame in row.sink else "given" if frame < table.given else "past"
 
 
@@ -235,9 +266,9 @@ class _Sheet:
             self.pen.rectangle((x, 60, x + 12, 72), COLOURS[name])
             self.text(x + 18, 60, words)
             x += 40 + self.pen.textlength(words, font=self.small)
-        self.text(self.left, self.top - 44, "what each block sees, by latent frame (time in the video below)")
+        self.text(self.left, self.top - 44, f"what each {self.table.unit} sees, by latent frame (time in the video below)")
         kind = " (square-root axis)" if self.axis.root else ""
-        self.text(self.axis.left, self.top - 44, f"temporal position, block starts at 0{kind}")
+        self.text(self.axis.left, self.top - 44, f"temporal position, {self.table.unit} starts at 0{kind}")
 
     def frame_axis(self) -> None:
         """Frame numbers above the matrix, their times below it."""
@@ -261,8 +292,8 @@ class _Sheet:
                 last = x
 
     def row(self, y: int, row: Row) -> None:
-        self.text(self.left - 8, y + self.line / 2, f"block {row.block.index}  {start_seconds(row.block.first):.1f} s",
-                  "rm")
+        name = f"{self.table.unit} {row.block.index}  {start_seconds(row.block.first):.1f} s"
+        self.text(self.left - 8, y + self.line / 2, name, "rm")
         gap, bottom = 1 if self.cell > 4 else 0, y + self.line - 3
         for place, frame in enumerate(self.columns):
             x = self.left + place * self.cell
@@ -282,7 +313,7 @@ class _Sheet:
             y = self.top + place * self.line
             if number is None:
                 hidden = len(self.table.rows) + 1 - len(self.rows)
-                self.text(self.left, y + self.line / 2, f". . .   {hidden} blocks not drawn   . . .", "lm", FAINT)
+                self.text(self.left, y + self.line / 2, f". . .   {hidden} {self.table.unit}s not drawn   . . .", "lm", FAINT)
             else:
                 self.row(y, self.table.rows[number])
 

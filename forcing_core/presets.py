@@ -32,14 +32,14 @@ WAN_NEGATIVE_PROMPT = (
 # Policies of this version -> None; all others -> what is missing.
 POLICIES = {
     "window": None,
-    "rolling": "the rolling joint window is not part of this version",
-    "ema_sink": "the blended (EMA) sink is not part of this version",
-    "deep_sink": "the moving deep sink is not part of this version",
-    "deep_compress": "the deep sink with token compression is not part of this version",
-    "bounded": "the sink / slow / fast memory is not part of this version",
+    "rolling": None,
+    "ema_sink": None,
+    "deep_sink": None,
+    "deep_compress": None,
+    "bounded": None,
     "sparse": "block-sparse attention is not part of this version",
-    "routing": "history routing is not part of this version",
-    "merging": "merging of cached tokens is not part of this version",
+    "routing": None,
+    "merging": None,
     "knot": "the knot rollout is not part of this version",
     "recompute": "recomputing the context before every block is not part of this version",
     "sliding": "the model is not a Wan 2.1 and is not supported",
@@ -170,17 +170,19 @@ _CAUSVID = Preset(
 
 _ROLLING = Preset(
     "rolling-forcing", "Rolling Forcing", policy="rolling", window=21, sink=3, steps=(1000, 800, 600, 400, 200),
-    options=(("cache_frames", 24),),
+    options=(("positions", "rebased"),),
     files=_hub("TencentARC/RollingForcing", "checkpoints/rolling_forcing_dmd.pt", size=None),
     licence="academic only (repository), MIT (card)", restrictions=ACADEMIC + "; repository and card disagree",
     paper="2509.25161", code="TencentARC/RollingForcing", training_frames=27,
-    notes="One joint window of as many blocks as there are steps; needs at least that many blocks.")
+    notes="As many blocks as there are steps are denoised jointly. Published positions are absolute and end at 1024 "
+          "frames; rebased ones give the same pictures and go on.")
 
 _DEEP = replace(
     _ON_SELF_FORCING, name="deep-forcing", title="Deep Forcing (training-free)", policy="deep_compress",
-    window=21, sink=10, options=(("budget", 16), ("recent", 4), ("reuse_cap", 7)),
+    window=21, sink=10, options=(("budget", 16), ("recent", 4), ("reuse_cap", 7), ("positions", "rebased")),
     paper="2512.05081", code="cvlab-kaist/DeepForcing",
-    notes="Runs on Self Forcing weights. Participative compression to 16 frames every second block.")
+    notes="Runs on Self Forcing weights. Participative compression to 16 frames every second block. Published positions "
+          "are absolute and end at 1024 frames; rebased ones give the same pictures and go on.")
 
 _LIGHT = Preset(
     "light-forcing-short", "Light Forcing, 5 s", policy="sparse",
@@ -233,10 +235,10 @@ _ROWS = (
            files=_hub("JaydenLu666/Reward-Forcing-T2V-1.3B", "rewardforcing.pt", size=None),
            licence="Apache-2.0 (code); the card names none", restrictions=VERIFY + "it names no licence",
            paper="2512.04678", code="JaydenLyh/Reward-Forcing",
-           notes="The file is a flat state dict. Blocks must be as long as the sink."),
+           notes="The file is a flat state dict. Published with blocks as long as the sink; others work here too."),
     _DEEP,
     replace(_DEEP, name="deep-forcing-sink", title="Deep Forcing, deep sink only (training-free)",
-            policy="deep_sink", sink=14, options=(),
+            policy="deep_sink", sink=14, options=(("positions", "rebased"),),
             notes="Runs on Self Forcing weights. The authors recommend a sink of 10 to 14 frames."),
     replace(_ON_SELF_FORCING, name="self-forcing++", title="Self-Forcing++ (baseline weights)", window=21,
             paper="2510.02283", code="justincui03/Self-Forcing-Plus-Plus (README only)",

@@ -8,7 +8,7 @@ Positions in the compute dtype would be wrong above 256 frames in bfloat16.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,15 +61,26 @@ class Rope:
 
         The last few are kept: every layer of a pass asks for the same ones, and so do the passes of a block.
         """
-        key = tuple(positions)
+        return self._keep(tuple(positions), self._build)
+
+    def tokens(self, positions: Tensor, cells: Tensor, low: int, high: int) -> Tensor:
+        """float32 [B, n, 1, p, 2, 2] for single tokens: their temporal positions, all in low..high-1, and their places
+        in the frame, int64 [B, n] each."""
+        time = self._keep(("time", low, high), lambda key: self._time(range(low, high)))
+        return torch.cat([time[positions - low], self._space[cells]], dim=2)[:, :, None]
+
+    def _keep(self, key: tuple, build: Callable[[tuple], Tensor]) -> Tensor:
         if key not in self._recent:
             if len(self._recent) >= KEPT_TABLES:
                 self._recent.pop(next(iter(self._recent)))
-            self._recent[key] = self._build(key)
+            self._recent[key] = build(key)
         return self._recent[key]
 
+    def _time(self, positions: Sequence[float]) -> Tensor:
+        return _matrices(angles(positions, axis_dims(self.head_dim)[0])).to(self.device)
+
     def _build(self, positions: Sequence[float]) -> Tensor:
-        time = _matrices(angles(positions, axis_dims(self.head_dim)[0])).to(self.device)
+        time = self._time(positions)
         frames, tokens = time.shape[0], self._space.shape[0]
         time = time[:, None].expand(-1, tokens, -1, -1, -1)
         space = self._space[None].expand(frames, -1, -1, -1, -1)

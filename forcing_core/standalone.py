@@ -58,12 +58,16 @@ def blocks_of(preset: Preset, frames: int) -> tuple[Block, ...]:
     return layout(frames, preset.block, independent_first=preset.independent_first)
 
 
-def preset_rollout(preset: Preset, denoiser: Denoiser, frames: int, noise: Noise) -> Iterator[tuple[Block, Tensor]]:
-    """Yield (block, x0 [B, C, n, H, W]) of `frames` new latent frames, run as the preset's authors do it."""
+def preset_rollout(preset: Preset, denoiser: Denoiser, frames: int, noise: Noise,
+                   **more: Any) -> Iterator[tuple[Block, Tensor]]:
+    """Yield (block, x0 [B, C, n, H, W]) of `frames` new latent frames, run as the preset's authors do it.
+
+    more: further settings of the rollout, such as switches.
+    """
     run = ROLLOUTS[KINDS[preset.policy][0].rollout]
     return run(denoiser, blocks_of(preset, frames), levels_of(preset), noise, first_levels=first_levels_of(preset),
                block=preset.block, independent_first=preset.independent_first, context_timestep=preset.context_timestep,
-               solver=SOLVERS[preset.solver])
+               solver=SOLVERS[preset.solver], **more)
 
 
 def latent_size(width: int, height: int) -> tuple[int, int]:

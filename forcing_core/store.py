@@ -11,16 +11,24 @@ Three arrangements of the keys, chosen by what the policy needs (`Keys`):
     ROPED   only rotated keys. Smallest and fastest; for policies whose written keys never change position.
     BOTH    raw keys and a rotated view, re-rotated only where a plan moved a frame. For moving positions.
     RAW     raw keys only, rotated at every read. Moving positions with a third less memory, more time.
+
+How the numbers lie in a buffer is a codec's business, and where the buffers are is `offload`'s (`Storage` says both).
+A codec that rounds turns BOTH into RAW: a second rounding of the rotated view would add to the first, and its buffer
+would be half of what the codec saves.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
+from typing import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .codecs import CODECS, Buffer, Codec, Empty, tensors
 from .errors import ForcingError
+from .offload import STAGES, Stages, pinned
 from .plan import Plan
 from .rope import Rope, rotate
 
@@ -36,19 +44,68 @@ class Keys(Enum):
         return 3 if self is Keys.BOTH else 2
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How a store keeps its frames. codec: key of `codecs.CODECS`. dense: newest latent frames that are also kept in
+    the compute dtype and read from there. offload: the buffers live in host memory, two layers on the device.
+
+    Raises ForcingError for what does not exist or makes no sense.
+    """
+
+    codec: str = "model"
+    dense: int = 0
+    offload: bool = False
+
+    def __post_init__(self):
+        if self.codec not in CODECS:
+            raise ForcingError(f"store = {self.codec!r} is not known. Use one of {', '.join(CODECS)}.")
+        if self.dense < 0 or (self.dense and self.coder.exact):
+            raise ForcingError(f"dense = {self.dense} with store {self.codec!r} makes no sense. Use dense 0, or a positive "
+                               "number of frames with store int8 or fp8.")
+
+    @property
+    def coder(self) -> Codec:
+        return CODECS[self.codec]
+
+    def keys(self, wanted: Keys) -> Keys:
+        """The arrangement in use where a policy needs `wanted`."""
+        return Keys.RAW if wanted is Keys.BOTH and not self.coder.exact else wanted
+
+
+PLAIN = Storage()
+
+
 def store_bytes(*, layers: int, capacity: int, frame_tokens: int, dim: int, batch: int, element_size: int,
-                keys: Keys) -> int:
-    """Bytes a store takes once its first frame is written. dim = heads * head_dim; constant in video length."""
-    return layers * capacity * frame_tokens * dim * batch * element_size * keys.tensors
+                keys: Keys, storage: Storage = PLAIN, head_dim: int = 128) -> int:
+    """Bytes of the device that a store takes once a frame went through all layers, scales included. dim = heads *
+    head_dim (128 in all of Wan 2.1; only scales depend on it); constant in video length."""
+    one = partial(_layer_bytes, frame_tokens=frame_tokens, dim=dim, batch=batch, element_size=element_size,
+                  keys=storage.keys(keys), head_dim=head_dim)
+    resident = min(STAGES, layers) if storage.offload else layers
+    return resident * one(capacity, coder=storage.coder) + layers * one(min(storage.dense, capacity), coder=PLAIN.coder)
+
+
+def store_host_bytes(*, layers: int, storage: Storage = PLAIN, **sizes) -> int:
+    """Bytes of host memory that the same store takes beside them: all layers with offload, else none."""
+    return store_bytes(layers=layers, storage=replace(storage, offload=False, dense=0), **sizes) * storage.offload
+
+
+def _layer_bytes(capacity: int, *, frame_tokens: int, dim: int, batch: int, element_size: int, keys: Keys, head_dim: int,
+                 coder: Codec) -> int:
+    heads = max(1, dim // head_dim)
+    return keys.tensors * coder.bytes((batch, capacity, frame_tokens, heads, dim // heads), element_size)
 
 
 @dataclass
 class _Layer:
     """Buffers of one layer, each [B, capacity, tokens, H, D]. `raw` or `roped` is None by arrangement."""
 
-    v: Tensor
-    raw: Tensor | None
-    roped: Tensor | None
+    v: Buffer
+    raw: Buffer | None
+    roped: Buffer | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tensors(self.v) + tensors(self.raw) + tensors(self.roped)
 
 
 @dataclass
@@ -58,6 +115,9 @@ class Store:
     layers: number of transformer blocks; capacity: slots in latent frames; frame_tokens: tokens a frame.
     Buffers are allocated at the first write from the tensors seen, so dtype, device, batch and heads are
     never configured twice. Raises ForcingError when a plan needs more slots than there are.
+
+    newest: with `storage.dense`, a plain store of so many slots with the newest frames once more; what is read of
+    them comes from there.
     """
 
     layers: int
@@ -66,10 +126,17 @@ class Store:
     keys: Keys = Keys.ROPED
     slots: dict[int, int] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
+    storage: Storage = PLAIN
+    newest: Store | None = field(init=False, repr=False, default=None)
     _data: list[_Layer | None] = field(init=False, repr=False)
+    _stages: Stages | None = field(init=False, repr=False, default=None)
+    _used: int = field(init=False, repr=False, default=0)  # slots that ever held a frame are the first so many
 
     def __post_init__(self):
+        self.keys, self._codec = self.storage.keys(self.keys), self.storage.coder
         self._data = [None] * self.layers
+        if self.storage.dense:
+            self.newest = Store(self.layers, min(self.storage.dense, self.capacity), self.frame_tokens, self.keys)
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -78,18 +145,39 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
-        return sum(t.nbytes for data in self._data if data for t in (data.v, data.raw, data.roped) if t is not None)
+        """Bytes of the device allocated now."""
+        here = self._stages.nbytes if self._stages else 0 if self.storage.offload else self._data_bytes()
+        return here + (self.newest.nbytes if self.newest else 0)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory allocated now beside them, by an offloaded store."""
+        return self._data_bytes() if self.storage.offload else 0
+
+    def _data_bytes(self) -> int:
+        return sum(t.nbytes for data in self._data if data for t in data.tensors())
 
     def clear(self) -> None:
         """Forget every frame; the buffers stay."""
         self.slots.clear()
         self.positions.clear()
+        if self.newest:
+            self.newest.clear()
+
+    def keep(self, frames: Sequence[int]) -> None:
+        """Forget every frame but these; the buffers stay."""
+        for frame in set(self.slots) - set(frames):
+            del self.slots[frame]
+            self.positions.pop(frame, None)
+        if self.newest:
+            self.newest.keep(frames)
 
     def free(self) -> None:
         """Forget every frame and drop the buffers."""
         self.clear()
-        self._data = [None] * self.layers
+        self._data, self._stages = [None] * self.layers, None
+        if self.newest:
+            self.newest.free()
 
     def place(self, plan: Plan) -> None:
         """Make room for a plan: drop its evicted frames, give its written frames a slot."""
@@ -105,6 +193,11 @@ class Store:
                     raise ForcingError(f"The store holds {self.capacity} frames and has no room for frame {frame}. "
                                        "Use a larger window or a shorter video.")
                 self.slots[frame] = slot
+                self._used = max(self._used, slot + 1)
+        if self.newest:
+            latest = self.frames[-self.newest.capacity:]
+            self.newest.keep(latest)
+            self.newest.place(replace(plan, evict=(), write=tuple(f for f in plan.write if f in latest)))
 
     def write(self, layer: int, frames: tuple[int, ...], raw: Tensor, roped: Tensor, v: Tensor) -> None:
         """Keep keys and values [B, len(frames)*tokens, H, D] of these placed frames."""
@@ -113,42 +206,62 @@ class Store:
             here = slice(slot, slot + stop - start)
             for buffer, new in ((data.v, v), (data.raw, raw), (data.roped, roped)):
                 if buffer is not None:
-                    buffer[:, here] = new.unflatten(1, (-1, self.frame_tokens))[:, start:stop]
+                    self._codec.write(buffer, here, new.unflatten(1, (-1, self.frame_tokens))[:, start:stop])
+            self._written(layer, here)
+        if self.newest:
+            self._write_newest(layer, frames, raw, roped, v)
+
+    def _write_newest(self, layer: int, frames: tuple[int, ...], *new: Tensor) -> None:
+        mine = [i for i, frame in enumerate(frames) if frame in self.newest.slots]
+        if mine:
+            new = (t.unflatten(1, (-1, self.frame_tokens))[:, mine].flatten(1, 2) for t in new)
+            self.newest.write(layer, tuple(frames[i] for i in mine), *new)
 
     def align(self, layer: int, plan: Plan, rope: Rope) -> None:
         """Re-rotate the frames that the plan reads at another position than their rotated key has."""
         if self.keys is not Keys.BOTH:
             return
         moved = {f: p for f, p in zip(plan.read, plan.positions) if self.positions.get(f, p) != p}
-        data = self._data[layer]
+        data = self._at(layer) if moved else None
         for start, stop, slot in self._runs(tuple(moved)):
             here = slice(slot, slot + stop - start)
             turn = rope.table(list(moved.values())[start:stop])
             data.roped[:, here] = rotate(data.raw[:, here].flatten(1, 2), turn).unflatten(1, (stop - start, -1))
+            self._written(layer, here)
 
     def read(self, layer: int, plan: Plan, rope: Rope) -> tuple[Tensor, Tensor]:
         """(rotated keys, values) of the plan's read frames, [B, n*tokens, H, D] each; views where it can be.
 
-        Frames come in slot order. The keys may alias the store: whoever hands them to a kernel that writes to
-        its inputs must copy.
+        Frames come in the order of `order`. Both may alias the store: whoever hands them to a kernel that writes to
+        its inputs must copy, and so must who needs them after the next layer has begun (with offload they are gone).
         """
-        data = self._data[layer]
         where = dict(zip(plan.read, plan.positions))
-        frames = tuple(sorted(plan.read, key=self.slots.__getitem__))
+        frames = self.order(plan.read)
+        if self.newest is None:
+            return self._read(layer, frames, where, rope)
+        older = tuple(f for f in frames if f not in self.newest.slots)
+        parts = [self._read(layer, older, where, rope)] if older else []
+        if len(older) < len(frames):
+            parts.append(self.newest._read(layer, frames[len(older):], where, rope))
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(t, dim=1) for t in zip(*parts))
+
+    def _read(self, layer: int, frames: tuple[int, ...], where: dict[int, int], rope: Rope) -> tuple[Tensor, Tensor]:
+        data = self._at(layer)
         runs = [slice(slot, slot + stop - start) for start, stop, slot in self._runs(frames)]
-        v = self._joined(data.v, runs)
+        v = self._codec.read(data.v, runs)
         if self.keys is not Keys.RAW:
-            return self._joined(data.roped, runs), v
-        return rotate(self._joined(data.raw, runs), rope.table([where[f] for f in frames])), v
+            return self._codec.read(data.roped, runs), v
+        return rotate(self._codec.read(data.raw, runs), rope.table([where[f] for f in frames])), v
+
+    def order(self, frames: Iterable[int]) -> tuple[int, ...]:
+        """These frames in the order in which `read` gives them: by slot, those of `newest` last."""
+        if self.newest is None:
+            return tuple(sorted(frames, key=self.slots.__getitem__))
+        return tuple(sorted(frames, key=lambda f: (f in self.newest.slots, self.slots[f])))
 
     def settle(self, plan: Plan) -> None:
         """After the last layer: remember at which position every read frame's rotated key now stands."""
         self.positions.update(zip(plan.read, plan.positions))
-
-    @staticmethod
-    def _joined(buffer: Tensor, runs: list[slice]) -> Tensor:
-        parts = [buffer[:, run] for run in runs]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1, 2)
 
     def _runs(self, frames: tuple[int, ...]):
         """(start, stop, slot): stretches of `frames` that lie in neighbouring slots."""
@@ -159,11 +272,25 @@ class Store:
                 start = i
 
     def _layer(self, layer: int, like: Tensor) -> _Layer:
+        """The buffers of a layer, allocated at their first use."""
         if self._data[layer] is None:
             batch, _, heads, head_dim = like.shape
-            shape = (batch, self.capacity, self.frame_tokens, heads, head_dim)
-            self._data[layer] = _Layer(
-                v=like.new_empty(shape),
-                raw=None if self.keys is Keys.ROPED else like.new_empty(shape),
-                roped=None if self.keys is Keys.RAW else like.new_empty(shape))
-        return self._data[layer]
+            make = partial(self._make, (batch, self.capacity, self.frame_tokens, heads, head_dim), like.dtype)
+            here = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=like.device)  # noqa: E731
+            self._data[layer] = make(pinned(like.device) if self.storage.offload else here)
+            if self.storage.offload and self._stages is None:
+                self._stages = Stages(like.device, partial(make, here))
+        return self._at(layer)
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, empty: Empty) -> _Layer:
+        buffer = lambda: self._codec.make(shape, dtype, empty)  # noqa: E731
+        return _Layer(v=buffer(), raw=None if self.keys is Keys.ROPED else buffer(),
+                      roped=None if self.keys is Keys.RAW else buffer())
+
+    def _at(self, layer: int) -> _Layer:
+        """The buffers of a layer where they can be worked on."""
+        return self._data[layer] if self._stages is None else self._stages.enter(layer, self._data, slice(self._used))
+
+    def _written(self, layer: int, slots: slice) -> None:
+        if self._stages is not None:
+            self._stages.keep(self._data[layer], slots)

@@ -8,15 +8,20 @@ from .cache import ForcingCache, ForcingPlanView
 from .guiding import ForcingGuider
 from .latents import ForcingEmptyLatent, ForcingExtend, ForcingStartImage
 from .loading import ForcingLoadCheckpoint
+from .micro import ForcingMicroModel
 from .sampling import ForcingPreset, ForcingSampler, ForcingSigmas
+from .track import ForcingPromptSegment, ForcingPromptTrack
 
 NODES: list[type[io.ComfyNode]] = [
     ForcingLoadCheckpoint,
+    ForcingMicroModel,
     ForcingPreset,
     ForcingSampler,
     ForcingSigmas,
     ForcingCache,
     ForcingGuider,
+    ForcingPromptTrack,
+    ForcingPromptSegment,
     ForcingEmptyLatent,
     ForcingStartImage,
     ForcingExtend,

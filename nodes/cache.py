@@ -6,13 +6,10 @@ from comfy_api.latest import io, ui
 
 from ..forcing_core import plan_view
 from ..forcing_core.errors import ForcingError
-from ..forcing_core.policies import WindowOptions
-from ..forcing_core.rope import TABLE_ROWS
+from .cache_inputs import options_of, policy_input
 from .common import CATEGORY, Cache
 from .host import element_size, shape_of
 from .sampler import CausalSampler, given_frames
-
-POSITIONS = ["absolute", "relative", "rebased"]
 
 
 class ForcingCache(io.ComfyNode):
@@ -24,32 +21,14 @@ class ForcingCache(io.ComfyNode):
             category=CATEGORY,
             description="What past frames each block may attend to. Memory and time per block are constant once the window "
                         "is full, so the video can be as long as you like.",
-            search_aliases=["kv cache", "window", "sink", "long video"],
-            inputs=[
-                io.Int.Input("window", default=12, min=0, max=4096,
-                             tooltip="Latent frames a block may see, the sink and the block itself included. 12 is LongLive's, "
-                                     "21 the training length of most models. 0: everything, memory grows with length."),
-                io.Int.Input("sink", default=3, min=0, max=4096,
-                             tooltip="First latent frames of the video that are never dropped; they anchor identity and "
-                                     "colours. Part of the window. 3 for LongLive, 0 for plain Self Forcing."),
-                io.Combo.Input("positions", options=POSITIONS, default="relative",
-                               tooltip="Temporal positions of past frames. absolute: as trained, ends at 1024 latent frames (4 "
-                                       "min 15 s). relative: counted inside the window, no limit. rebased: absolute until the "
-                                       "limit, then everything but the sink slides along."),
-                io.Int.Input("position_limit", default=TABLE_ROWS, min=2, max=TABLE_ROWS, advanced=True,
-                             tooltip="First position that is never used with rebased positions. 21 keeps them inside the range "
-                                     "that most models were trained on."),
-                io.Boolean.Input("compact", default=False, advanced=True,
-                                 tooltip="A third less memory where positions move (relative, rebased), a little slower: keys "
-                                         "are rotated at every read instead of being kept rotated."),
-            ],
+            search_aliases=["kv cache", "window", "sink", "long video", "rolling forcing", "reward forcing", "deep forcing"],
+            inputs=[policy_input()],
             outputs=[Cache.Output(display_name="cache")],
         )
 
     @classmethod
-    def execute(cls, window, sink, positions, position_limit=TABLE_ROWS, compact=False) -> io.NodeOutput:
-        return io.NodeOutput(WindowOptions(window=window or None, sink=sink, block=1, positions=positions,
-                                           limit=position_limit, compact=compact))
+    def execute(cls, policy) -> io.NodeOutput:
+        return io.NodeOutput(options_of(policy))
 
 
 class ForcingPlanView(io.ComfyNode):
@@ -85,7 +64,9 @@ class ForcingPlanView(io.ComfyNode):
         store = plan_view.StoreShape(layers=shape.layers, dim=shape.dim, height=shape.height, width=shape.width,
                                      batch=shape.batch, conditions=conditions,
                                      element_size=element_size(model))
-        table = plan_view.simulate(options.cache, shape.frames, given=given, independent_first=options.independent_first)
+        steps = {} if options.expected is None else {"steps": len(options.expected) - 1}
+        table = plan_view.simulate(options.cache, shape.frames, given=given, independent_first=options.independent_first,
+                                   **steps)
         image, memory = plan_view.draw(table, store), plan_view.announce(options.cache, shape.frames, store)
         return io.NodeOutput(image, memory.text, memory.bytes, ui=ui.PreviewImage(image, cls=cls))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_management as mm
+import comfy.utils
 import torch
 from comfy.ldm.wan.ar_model import CausalWanModel
 from comfy.ldm.wan.model import WanModel
@@ -26,11 +27,14 @@ from ..forcing_core.memory import Memory, make_memory, memory_bytes
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.plan import Phase
 from ..forcing_core.policies import build
+from ..forcing_core.policies.base import storage_of
+from ..forcing_core.rollout import most_frames
 from ..forcing_core.schedule import Level
-from ..forcing_core.wan import Ops, TextState, forward
+from ..forcing_core.wan import Ops, TextState, blended, forward
 
 log = logging.getLogger(__name__)
 KEY = "forcing"
+TRACK = "forcing_track"  # key of a condition: the prompt track that its first prompt belongs to
 # helpers that skip or cut forwards; with a KV store a skipped forward is a hole in memory
 REFUSED_WRAPPERS = {"easycache": "EasyCache", "lazycache": "LazyCache"}
 
@@ -86,10 +90,10 @@ def shape_of(base_model, latent_shape) -> Shape:
 
 
 def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, conditions: int = 1) -> int:
-    """Exact bytes that the stores of a run will take."""
+    """Exact bytes of the device that the stores of a run will take."""
     policy = build(options.cache, shape.frames)
-    return conditions * memory_bytes(policy, layers=shape.layers, frame_tokens=shape.tokens, dim=shape.dim,
-                                     batch=shape.batch, element_size=element_size)
+    return conditions * memory_bytes(policy, storage_of(options.cache), layers=shape.layers, frame_tokens=shape.tokens,
+                                     dim=shape.dim, batch=shape.batch, element_size=element_size)
 
 
 def count_conditions(guider) -> int:
@@ -114,6 +118,28 @@ def run_bytes(guider, options: RolloutOptions, latent_shape) -> int:
                            max(1, count_conditions(guider)))
 
 
+def tracks_of(guider) -> dict:
+    """Prompt tracks that the conditions of a guider carry, by the uuid of the condition.
+
+    Raises ForcingError where a node behind the track changed the prompt, which it could do to the first one only.
+    """
+    found = {}
+    for cond in (c for side in getattr(guider, "conds", {}).values() for c in side or () if TRACK in c):
+        track, now = cond[TRACK], cond.get("cross_attn")
+        first = track.segments[0].prompt
+        if now is not first and not (now is not None and now.shape == first.shape and torch.equal(now, first)):
+            raise ForcingError("A node behind the prompt track changed the conditioning, but it can only change the first "
+                               "prompt. Put that node before Forcing Prompt Segment, once for every prompt.")
+        found[cond["uuid"]] = track
+    return found
+
+
+def _replayed(guider, options: RolloutOptions, frames: int) -> int:
+    """Latent frames of the forward that a change of prompt replays: the window, or none where nothing is recached."""
+    changes = [s for track in tracks_of(guider).values() for s in track.segments[1:]]
+    return build(options.cache, frames).capacity if any(s.transition == "recache" for s in changes) else 0
+
+
 # -- memory: tell ComfyUI about the stores before it places weights ------------------------------------------
 
 def _reserving(extra: int, frames: int):
@@ -134,7 +160,9 @@ def reserve(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider, options = executor.class_obj, getattr(sampler, "rollout", None)
     done = get_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY, guider.model_options, is_model_options=True)
     if options is not None and not done:  # MODEL and guider may both have brought this wrapper
-        wrapper = _reserving(run_bytes(guider, options, noise.shape), options.block)
+        frames = most_frames(options.cache.rollout, options.block, max(1, len(sigmas) - 1))
+        frames = max(frames, _replayed(guider, options, noise.shape[2]))
+        wrapper = _reserving(run_bytes(guider, options, noise.shape), frames)
         add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, wrapper, guider.model_options, is_model_options=True)
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -244,6 +272,8 @@ class HostDenoiser:
     texts: dict = field(default_factory=dict)
     call: tuple | None = None
     forwards: int = 0
+    prompts: dict = field(default_factory=dict)  # condition -> embeddings, one for every segment of a prompt track
+    mixture: tuple[int, int, float] = (0, 0, 1.0)  # segments and weight of the second one: the text that rules now
 
     def __post_init__(self):
         model_options = self.extra_args["model_options"]
@@ -258,16 +288,28 @@ class HostDenoiser:
         mm.throw_exception_if_processing_interrupted()
         self.call = (levels, first, phase)
         self.forwards += 1
-        sigma = x.new_full((x.shape[0],), levels[0].sigma)
+        sigma = x.new_full((x.shape[0],), _noisiest(levels))
         x0 = self.guider(x, sigma, model_options=self.extra_args["model_options"], seed=self.extra_args.get("seed"))
         return x0 if phase == "noisy" else None
 
     def replace_text(self, segment: int) -> None:
+        self.blend_text(segment, segment, 1.0)
+
+    def blend_text(self, a: int, b: int, weight: float) -> None:
+        self.mixture = a, b, weight
         self.texts.clear()
 
     def forget(self) -> None:
         for memory in self.memories.values():
             memory.forget()
+
+    def flush(self, last: int) -> None:
+        for memory in self.memories.values():
+            memory.flush(last)
+
+    def jump(self, first: int, distance: int) -> None:
+        for memory in self.memories.values():
+            memory.jump(first, distance)
 
     def free(self) -> None:
         """Drop every store and text cache."""
@@ -287,8 +329,17 @@ class HostDenoiser:
 
     def _text(self, key, context: Tensor) -> TextState:
         if key not in self.texts:
-            self.texts[key] = TextState(context)
+            self.texts[key] = TextState(self._ruling(key, context))
         return self.texts[key]
+
+    def _ruling(self, key, context: Tensor) -> Tensor:
+        """The embedding of a condition's track that rules now, cast as ComfyUI cast `context`, the one it knows of."""
+        if key not in self.prompts:
+            return context
+        a, b, weight = self.mixture
+        one, other = self.prompts[key][a], self.prompts[key][b]
+        text = other if a == b else blended(one, other, weight)
+        return comfy.utils.repeat_to_batch_size(text.to(context), context.shape[0])
 
     def _network(self, executor, x: Tensor, timestep: Tensor, context: Tensor, clip_fea, time_dim_concat,
                  transformer_options: dict, **extra) -> Tensor:
@@ -312,7 +363,21 @@ class HostDenoiser:
         timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
         memory = self._memory(key, x.device).begin(first, x.shape[2], phase)
         velocity = forward(net, x, timesteps, self._text(key, context), memory, ops)
-        return torch.zeros_like(x) if velocity is None else velocity
+        return torch.zeros_like(x) if velocity is None else _shares(velocity, levels)
+
+
+def _noisiest(levels) -> float:
+    return max(level.sigma for level in levels)
+
+
+def _shares(velocity: Tensor, levels) -> Tensor:
+    """ComfyUI subtracts one sigma times the answer, that of the noisiest frame. Where frames differ (a joint pass of
+    a rolling rollout), each answers with its share of it, so that guidance and patches work on every frame's own x0."""
+    top = _noisiest(levels)
+    if all(level.sigma == top for level in levels):
+        return velocity
+    share = velocity.new_tensor([level.sigma / top for level in levels], dtype=torch.float32)
+    return velocity.float() * share.view(-1, 1, 1)
 
 
 def _refuse_extras(extra: dict) -> None:

@@ -53,6 +53,14 @@ def _load_options(weight_dtype: str) -> dict:
     return dict(WEIGHT_DTYPES[weight_dtype])
 
 
+def plain_model(loaded: checkpoints.Loaded, name: str, weight_dtype: str = "default"):
+    """The MODEL that ComfyUI's own loader makes of these weights, before `prepared`. name: for the message."""
+    model = comfy.sd.load_diffusion_model_state_dict(dict(loaded.state_dict), model_options=_load_options(weight_dtype))
+    if model is None:
+        raise ForcingError(f"ComfyUI does not recognise {name} as a Wan 2.1 model. Use the original file.")
+    return model
+
+
 def _read_lora(name: str, state_dict) -> dict[str, torch.Tensor]:
     """A LoRA in ComfyUI's names, after checking that it belongs to this model."""
     factors = checkpoints.load_lora(folder_paths.get_full_path_or_raise("loras", name))
@@ -101,10 +109,7 @@ class ForcingLoadCheckpoint(io.ComfyNode):
         for sentence in loaded.report:
             log.info("%s", sentence)
         factors = None if lora == NONE else _read_lora(lora, loaded.state_dict)
-        model = comfy.sd.load_diffusion_model_state_dict(dict(loaded.state_dict),
-                                                         model_options=_load_options(weight_dtype))
-        if model is None:
-            raise ForcingError(f"ComfyUI does not recognise {checkpoint} as a Wan 2.1 model. Use the original file.")
+        model = plain_model(loaded, checkpoint, weight_dtype)
         if factors is not None:
             model = comfy.sd.load_lora_for_models(model, None, factors, lora_strength, 0.0)[0]
         return io.NodeOutput(prepared(model, _shift(loaded.preset_name)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Sequence
 
 import comfy.model_management as mm
 import torch
@@ -13,11 +14,24 @@ from tqdm.auto import tqdm
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.noise import BlockNoise, CoreNoise, Noise, ReferenceNoise
 from ..forcing_core.options import RolloutOptions, blocks_of, check_sigmas, levels_from
-from ..forcing_core.plan import Block, context_chunks
-from ..forcing_core.rollout import ROLLOUTS
-from ..forcing_core.schedule import renoise
+from ..forcing_core.plan import Block
+from ..forcing_core.policies import build
+from ..forcing_core.rollout import ROLLOUTS, calls
+from ..forcing_core.rollout.transitions import check_switches, fresh_starts, replays
+from ..forcing_core.schedule import Level, renoise
 from ..forcing_core.solvers import SOLVERS
-from .host import HostDenoiser, exclusive, make_room, network, out_of_memory, refuse_partial_conditions, run_bytes, shape_of
+from ..forcing_core.track import schedule
+from .host import (
+    HostDenoiser,
+    exclusive,
+    make_room,
+    network,
+    out_of_memory,
+    refuse_partial_conditions,
+    run_bytes,
+    shape_of,
+    tracks_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +86,9 @@ class _Progress:
         self.bar = tqdm(total=total, disable=disable, desc="Forcing", unit="forward")
         self.newest: Tensor | None = None
 
-    def tick(self, x: Tensor, x0: Tensor | None) -> None:
-        self.newest = x0 if x0 is not None else self.newest
+    def tick(self, x: Tensor, x0: Tensor | None, levels: Sequence[Level]) -> None:
+        if x0 is not None:  # of frames denoised jointly, the first ones are the cleanest
+            self.newest = x0[:, :, :levels.count(levels[0])]
         self.bar.update(1)
         self.done += 1
         # the last forward's tick is sent by `finish` with everything, so that denoised_output is complete
@@ -86,8 +101,23 @@ class _Progress:
         self.bar.close()
 
 
+class _Ticking:
+    """A denoiser whose every forward is a tick of the progress."""
+
+    def __init__(self, denoiser: HostDenoiser, progress: _Progress):
+        self.denoiser, self.progress = denoiser, progress
+
+    def __call__(self, x, levels, first, phase) -> Tensor | None:
+        x0 = self.denoiser(x, levels, first, phase)
+        self.progress.tick(x, x0, levels)
+        return x0
+
+    def __getattr__(self, name):
+        return getattr(self.denoiser, name)
+
+
 class CausalSampler(Sampler):
-    """Runs `block_rollout` over whatever guider it is given. `rollout` holds the options (read by `host.reserve`)."""
+    """Runs a rollout over whatever guider it is given. `rollout` holds its options (read by `host.reserve`)."""
 
     def __init__(self, rollout: RolloutOptions):
         self.rollout = rollout
@@ -129,7 +159,7 @@ class _Run:
         self.noise = self._make_noise(values[0], extra_args.get("seed") or 0, noise, latent_image, count)
         self._warn_about_guidance()
         make_room(guider, run_bytes(guider, options, noise.shape))
-        self.denoiser = HostDenoiser(guider, extra_args, options, self.shape)
+        self.denoiser = HostDenoiser(guider, extra_args, options, self.shape, prompts=self._lay_tracks())
 
     def _given(self, latent_image, denoise_mask, extra_args, base) -> Tensor | None:
         """Given latents: leading frames the noise mask keeps, or the start image of core's ARVideoI2V node."""
@@ -146,6 +176,16 @@ class _Run:
         initial = base.process_latent_in(initial).to(latent_image)
         return initial.expand(self.shape.batch, *initial.shape[1:]) if initial.shape[0] == 1 else initial
 
+    def _lay_tracks(self) -> dict:
+        """Lay the conditions' prompt tracks over the blocks: sets `switches` and `policy`, returns the embeddings of every
+        condition, one for every segment."""
+        options, tracks = self.options, tracks_of(self.guider)
+        laid = schedule(list(tracks.values()), self.blocks, block=options.block,
+                        independent_first=options.independent_first)
+        self.switches, self.policy = laid.switches, build(options.cache, self.shape.frames)
+        check_switches(self.switches, self.policy, options.cache.rollout)
+        return {key: laid.prompts(index, track) for index, (key, track) in enumerate(tracks.items())}
+
     def _make_noise(self, sigma: float, seed: int, clip: Tensor, latent_image, given: int) -> Noise:
         noise = _noise(self.options, seed, clip, self.shape.frames - given)
         return noise if sigma >= 1.0 - 1e-6 else _Shifted(noise, latent_image, sigma)
@@ -159,10 +199,12 @@ class _Run:
     @property
     def forwards(self) -> int:
         """Rollout steps of the whole run: given chunks, denoising steps and clean passes."""
-        count = 0 if self.given is None else self.given.shape[2]
-        chunks = len(context_chunks(count, self.options.block, self.options.independent_first))
-        first = len(self.first_levels or self.levels)
-        return chunks + first + (len(self.blocks) - 1) * (len(self.levels) + 1)
+        options = self.options
+        made = calls(options.cache.rollout, self.blocks, len(self.levels), first_steps=len(self.first_levels or ()),
+                     given=0 if self.given is None else self.given.shape[2], block=options.block,
+                     independent_first=options.independent_first)
+        fresh = fresh_starts(self.switches, self.blocks) * (len(self.first_levels or self.levels) - len(self.levels))
+        return sum(1 for _ in made) + fresh + replays(self.switches)
 
     def collect(self, progress: _Progress) -> Tensor:
         parts = [] if self.given is None else [self.given]
@@ -186,15 +228,11 @@ class _Run:
 
     def _rollout(self, progress: _Progress):
         options = self.options
-
-        def denoise(x, levels, first, phase):
-            x0 = self.denoiser(x, levels, first, phase)
-            progress.tick(x, x0)
-            return x0
-
-        return ROLLOUTS[options.cache.rollout](denoise, self.blocks, self.levels, self.noise, first_levels=self.first_levels,
-                             context=self.given, block=options.block, independent_first=options.independent_first,
-                             context_timestep=options.context_timestep, solver=SOLVERS[options.solver])
+        return ROLLOUTS[options.cache.rollout](
+            _Ticking(self.denoiser, progress), self.blocks, self.levels, self.noise, first_levels=self.first_levels,
+            context=self.given, block=options.block, independent_first=options.independent_first,
+            context_timestep=options.context_timestep, window=self.policy.capacity, switches=self.switches,
+            solver=SOLVERS[options.solver])
 
     def _may_keep(self, error: BaseException) -> bool:
         if isinstance(error, mm.InterruptProcessingException):

@@ -1,4 +1,4 @@
-"""demo: a short video from a random network, to see that everything works on this machine."""
+"""demo: a short video from the small model that comes with the package, on this machine."""
 from __future__ import annotations
 
 import argparse
@@ -8,12 +8,15 @@ import sys
 import threading
 from pathlib import Path
 
-from ..demo import DemoOptions, Made, Progress, RandomSource, make
+from ..demo import DemoOptions, Made, Progress, RandomSource, Source, make
 from ..errors import ForcingError
+from ..micro.bundle import NETWORKS
+from ..micro.source import PROMPT, MicroSource
 from ..plan_view import format_bytes
 
-HELP = ("Make a short video on the CPU with a small network, without any download. Its weights are random: the "
-        "picture is abstract coloured noise and shows that the machinery runs. Ctrl-C keeps what has been made.")
+HELP = ("Make a short video on the CPU with the small model that comes with the package, without any download. "
+        "Ctrl-C keeps what has been made.")
+RANDOM = "random"
 INTERRUPTED = 130
 
 
@@ -21,9 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.mp4",
                         help="the video; a contact sheet of the same name (.png) is put beside it")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the video (default: 5)")
-    parser.add_argument("--preset", help="run it like this system (default: self-forcing up to 5 s, then longlive)")
+    parser.add_argument("--prompt", metavar="TEXT",
+                        help=f"a colour, a shape, a motion and a background (default: {PROMPT!r})")
+    parser.add_argument("--preset", help="run it like this system (default: as the weights were trained; beyond 5 s with a "
+                                         "window of 12 latent frames)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    parser.add_argument("--size", metavar="WxH", help="pixels, multiples of 16 (default: 256x144)")
+    parser.add_argument("--size", metavar="WxH",
+                        help="pixels that the network makes, multiples of 16 (default: those it was trained on)")
+    parser.add_argument("--weights", choices=[*NETWORKS, RANDOM], default="student",
+                        help=f"the network (default: student); {RANDOM}: an untrained one, for abstract coloured noise")
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The source that the arguments ask for. Raises ForcingError for a prompt that it cannot follow."""
+    if args.weights != RANDOM:
+        return MicroSource(PROMPT if args.prompt is None else args.prompt, args.weights)
+    if args.prompt is not None:
+        raise ForcingError("Random weights follow no prompt. Leave out --prompt, or --weights random.")
+    return RandomSource()
 
 
 def size(text: str | None) -> tuple[int, int] | None:
@@ -59,7 +77,7 @@ def show(progress: Progress) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = RandomSource()
+    source = source_of(args)
     options = DemoOptions(args.seconds, args.preset, args.seed, size(args.size))
     with stop_on_interrupt() as pressed:
         made = make(args.out, options, source, stop=pressed, progress=show)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Sequence
 
 import torch
 from safetensors import safe_open
@@ -51,7 +52,12 @@ def vae(folder: Path = WEIGHTS) -> MicroVAE:
 
 def network(name: str = "student", folder: Path = WEIGHTS) -> WanModel:
     """One of NETWORKS in float32, without gradients."""
-    loaded = load(path(name, folder))
+    return read(path(name, folder))
+
+
+def read(file: Path) -> WanModel:
+    """The network of a file in float32, without gradients."""
+    loaded = load(file)
     net = WanModel(micro_config(loaded.config.dim, loaded.config.num_layers))
     net.load_state_dict({key: value.float() for key, value in loaded.state_dict.items()})
     return net.eval().requires_grad_(False)
@@ -73,6 +79,13 @@ def training(name: str, folder: Path = WEIGHTS) -> dict:
         return json.loads((file.metadata() or {}).get("forcing.training", "{}"))
 
 
-def prompt(captions: list[str]) -> torch.Tensor:
-    """Conditioning [B, 24, 4096] of captions. Raises ForcingError for a text that is no caption."""
-    return codec().encode(captions)
+def known(caption: str) -> str:
+    """The caption itself. Raises ForcingError, with the vocabulary, for words that no network here was shown."""
+    if complaint := codec().explain(caption):
+        raise ForcingError(complaint)
+    return caption
+
+
+def prompt(captions: Sequence[str]) -> torch.Tensor:
+    """Conditioning [B, 24, 4096] of captions, zeros for an empty one. Raises ForcingError as `known` does."""
+    return codec().encode([known(caption) for caption in captions])

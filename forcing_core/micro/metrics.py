@@ -136,10 +136,13 @@ def report(video: Tensor, captions: Sequence[Wanted], blocks: Sequence[int]) -> 
     seam_change (ratios), repeats, frozen (shares of frames), speed (px/frame), jitter (px/frame^2), averaged over
     the clips; NaN where there was nothing to measure.
     """
-    seen, parsed = look(video, captions)
-    clip = frames_of(video)
+    return figures(*look(video, captions), frames_of(video), blocks)
+
+
+def figures(seen: Observation, captions: Sequence[Wanted], clip: Tensor, blocks: Sequence[int]) -> dict[str, float]:
+    """`report` of a clip [B, T, 3, H, W] in [-1, 1] that has been looked at: `seen` is what `look` returns."""
     motion, drift = temporal.motion(seen), temporal.drift(seen)
     loops = temporal.repeats(clip)
-    return {**caption_scores(seen, parsed), **{name: v.nanmean().item() for name, v in drift.items()},
+    return {**caption_scores(seen, captions), **{name: v.nanmean().item() for name, v in drift.items()},
             "seam_ratio": temporal.seam_ratio(seen, blocks), "seam_change": temporal.seam_change(clip, blocks),
             **{name: v.nanmean().item() for name, v in {**loops, **motion}.items()}}

@@ -144,8 +144,8 @@ def repeats(clip: Tensor) -> dict[str, Tensor]:
     A thing that bounces straight to and fro does repeat: compare with the value of rendered clips.
     """
     looped, frozen = [], []
-    for frames in clip.float():
-        past, step = _nearest_past(_small(frames))
+    for frames in clip:
+        past, step = _nearest_past(_small(frames.float()))
         usual = step[1:].median()
         seen = past[_LAG + _SPAN - 1:] < torch.clamp_min(0.5 * usual, _SAME)
         looped.append(seen.float().mean())

@@ -68,8 +68,8 @@ class TextCodec:
         unknown = self.unknown(caption)
         if not unknown:
             return ""
-        return (f"Not in the micro world's vocabulary and left out: {', '.join(unknown)}. "
-                f"Known words: {', '.join(VOCABULARY[1:])}.")
+        return (f"The micro model does not know these words: {', '.join(unknown)}. "
+                f"Use only {', '.join(VOCABULARY[1:])}.")
 
     def tokens(self, captions: str | Sequence[str]) -> Tensor:
         """Token ids [B, rows], 0 after the caption; known words only, cut after `rows`."""

@@ -12,8 +12,9 @@ from ..denoiser import Condition, NetworkDenoiser
 from ..errors import ForcingError
 from ..memory import make_memory
 from ..plan import Block, layout
-from ..policies import WindowOptions
-from ..rollout import Switch, block_rollout
+from ..policies import DeepCompressOptions, DeepSinkOptions, EmaSinkOptions, RollingOptions, WindowOptions
+from ..rollout import ROLLOUTS as ORDERS
+from ..rollout import Switch
 from ..schedule import Level
 from ..solvers import consistency, unipc
 from ..wan import WanModel
@@ -47,7 +48,30 @@ def _window(settings: dict[str, Any]) -> WindowOptions:
                          block=settings["frames_per_block"], positions=settings["rope_positions"])
 
 
-POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {"window": _window}
+def _rolling(settings: dict[str, Any]) -> RollingOptions:
+    return RollingOptions(window=settings["window"], sink=settings["sink"], block=settings["frames_per_block"],
+                          positions=settings["rope_positions"])
+
+
+def _sinks(settings: dict[str, Any]) -> dict[str, int]:
+    return {"window": settings["window"], "sink": settings["sink"], "block": settings["frames_per_block"]}
+
+
+def _ema_sink(settings: dict[str, Any]) -> EmaSinkOptions:
+    return EmaSinkOptions(**_sinks(settings), alpha=settings["ema_alpha"])
+
+
+def _deep_sink(settings: dict[str, Any]) -> DeepSinkOptions:
+    return DeepSinkOptions(**_sinks(settings), positions=settings["rope_positions"])
+
+
+def _deep_compress(settings: dict[str, Any]) -> DeepCompressOptions:
+    return DeepCompressOptions(**_sinks(settings), positions=settings["rope_positions"], budget=settings["budget"],
+                               recent=settings["recent"], reuse_cap=settings["reuse_cap"])
+
+
+POLICIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "window": _window, "rolling": _rolling, "ema_sink": _ema_sink, "deep_sink": _deep_sink, "deep_compress": _deep_compress}
 
 
 def _look_up(table: dict[str, Any], settings: dict[str, Any], key: str):
@@ -101,13 +125,13 @@ def _denoiser(case: Case, net: WanModel, prompts: list[list[Tensor]]) -> Network
     return NetworkDenoiser(net, [condition(texts) for texts in prompts], settings.get("guidance", 1.0))
 
 
-def _block(case: Case, net: WanModel, solver: Callable) -> tuple[Tensor, int]:
+def _run(case: Case, net: WanModel, order: str, solver: Callable) -> tuple[Tensor, int]:
     settings = case.settings
     prompts, switches = _prompts(case)
     denoiser = _denoiser(case, net, prompts)
     window = None if settings["window"] < 0 else settings["window"]
     parts = [] if case.given is None else [case.given]
-    rollout = block_rollout(
+    rollout = ORDERS[order](
         denoiser, _blocks(settings), _levels(settings["timesteps"], settings["sigmas"]), RecordedNoise(case),
         first_levels=_levels(settings["first_block_timesteps"], settings["first_block_sigmas"]),
         context=case.given, block=settings["frames_per_block"],
@@ -118,15 +142,19 @@ def _block(case: Case, net: WanModel, solver: Callable) -> tuple[Tensor, int]:
 
 
 ROLLOUTS: dict[str, Callable[[Case, WanModel], tuple[Tensor, int]]] = {
-    "block": lambda case, net: _block(case, net, consistency),
-    "many_step": lambda case, net: _block(case, net, unipc),
+    "block": lambda case, net: _run(case, net, "block", consistency),
+    "many_step": lambda case, net: _run(case, net, "block", unipc),
+    "rolling": lambda case, net: _run(case, net, "rolling", consistency),
 }
 
 
 def _expected_forwards(case: Case) -> int:
-    """The reference's count without the clean passes of the last block, which nothing reads."""
+    """The reference's count without the clean passes that nothing reads: those of the last block, and in a rolling
+    rollout those of the first one while it is still noisy, which later ones overwrite."""
     last = _blocks(case.settings)[-1].first
-    return sum(1 for first, _, _, kind, _ in case.forwards if not (kind == "context" and first == last))
+    written = [first for first, _, _, kind, _ in case.forwards if kind == "context" and first != last]
+    read = set(written) if case.settings["rollout"] == "rolling" else written  # a guided case writes blocks twice
+    return sum(1 for _, _, _, kind, _ in case.forwards if kind != "context") + len(read)
 
 
 def run_case(case: Case, net: WanModel) -> Report:

@@ -11,6 +11,13 @@ from typing import Callable, Protocol
 from ..errors import ForcingError
 from ..plan import Call, Plan
 from ..store import Keys
+from .bounded import Bounded, BoundedOptions
+from .deep_compress import DeepCompress, DeepCompressOptions
+from .deep_sink import DeepSink, DeepSinkOptions
+from .ema_sink import EmaSink, EmaSinkOptions
+from .merging import Merging, MergingOptions
+from .rolling import Rolling, RollingOptions
+from .routing import Routing, RoutingOptions
 from .window import Window, WindowOptions
 
 
@@ -18,8 +25,9 @@ class Policy(Protocol):
     """`capacity`: latent frames the store must hold. `keys`: the key arrangement the store needs.
 
     A policy that looks at keys, or changes them, brings more: `make_pass(plan, call, store, rope)` gives the pass
-    (by default `memory.Pass`), `make_store(layers, capacity, frame_tokens, keys)` the store (`store.Store`), and
-    `store_bytes(layers, frame_tokens, dim, batch, element_size)` what that takes.
+    (by default `passes.Pass`), `make_store(layers, capacity, frame_tokens, keys)` the store (`store.Store`), and
+    `store_bytes(layers, frame_tokens, dim, batch, element_size)` what that takes. One whose memory can be flushed at a
+    change of scene has `flushed(held, last)`, the frames that stay.
     """
 
     capacity: int
@@ -31,6 +39,13 @@ class Policy(Protocol):
 # kind -> (options dataclass, constructor from (options, frames of the whole video))
 KINDS: dict[str, tuple[type, Callable[..., Policy]]] = {
     "window": (WindowOptions, Window),
+    "rolling": (RollingOptions, Rolling),
+    "ema_sink": (EmaSinkOptions, EmaSink),
+    "deep_sink": (DeepSinkOptions, DeepSink),
+    "deep_compress": (DeepCompressOptions, DeepCompress),
+    "bounded": (BoundedOptions, Bounded),
+    "routing": (RoutingOptions, Routing),
+    "merging": (MergingOptions, Merging),
 }
 
 

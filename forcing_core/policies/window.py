@@ -6,24 +6,24 @@ variant with block-relative positions), Infinity-RoPE (2511.20649).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from ..errors import ForcingError
 from ..plan import Call, Plan
 from ..rope import TABLE_ROWS
 from ..store import Keys
+from .base import CacheOptions
 
 
 @dataclass(frozen=True)
-class WindowOptions:
+class WindowOptions(CacheOptions):
     """window: latent frames one pass may attend to, sink and current block included; None is everything.
     sink: leading frames that are never evicted. block: latent frames a block.
     positions: "absolute" (as trained; at most `limit` frames), "relative" (counted inside the window) or
     "rebased" (absolute until frame `limit`, then everything but the sink slides along; unlimited length).
     limit: first temporal position that may not be used; 1024 is the published table, smaller values bound
     the distance between sink and query to what the model was trained on.
-    compact: keep only raw keys where positions move (a third less memory, rotated at every read).
-    rollout: key of `rollout.ROLLOUTS`, in which order forwards are made.
+    compact: keep only raw keys where positions move (a third less memory, rotated at every read; int8 and fp8
+    stores always do). store, offload, dense: as in `CacheOptions`.
     """
 
     window: int | None = None
@@ -32,9 +32,9 @@ class WindowOptions:
     positions: str = "absolute"
     limit: int = TABLE_ROWS
     compact: bool = False
-    rollout: ClassVar[str] = "block"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.positions not in POSITIONS:
             raise ForcingError(f"positions = {self.positions!r} is not known. Use one of {', '.join(POSITIONS)}.")
         if self.sink < 0 or self.block < 1 or (self.window is not None and self.window < 1):
@@ -61,15 +61,19 @@ def _rebased(read: tuple[int, ...], span: tuple[int, ...], options: WindowOption
     """Slide everything but the sink so that the newest frame stays below the limit.
 
     Attention depends on differences of positions only, so without a sink this is exact; with one, the
-    distance to the sink stops growing at the limit. A sink that would collide stands right before the rest.
+    distance to the sink stops growing at the limit. A sink that would collide stands right before the rest, and so
+    does every sink in relative positions, whatever was forgotten between them. A scene that began with an empty
+    memory counts from its first sink frame.
     """
-    over = max(0, span[-1] - options.limit + 1)
     sink, rest = read[:options.sink], read[options.sink:]
+    start = sink[0] if sink else 0
+    over = start + max(0, span[-1] - start - options.limit + 1)
     query = tuple(f - over for f in span)
     if not rest:
-        return sink, query
-    before = rest[0] - over - len(sink)
-    return tuple(min(f, before + i) for i, f in enumerate(sink)) + tuple(f - over for f in rest), query
+        return tuple(f - over for f in sink), query
+    before, packed = rest[0] - over - len(sink), options.positions == "relative"
+    stand = tuple(before + i if packed else min(f - start, before + i) for i, f in enumerate(sink))
+    return stand + tuple(f - over for f in rest), query
 
 
 # name -> (read frames, frames of the call, options) -> (positions of the read frames, query positions)
@@ -101,12 +105,16 @@ class Window:
         new = () if replay else tuple(f for f in call.span if f not in call.held)
         evict = self._evicted(call.held, len(new))
         read = tuple(sorted({*call.held, *new} - {*evict}))
-        # a replay that does not start at frame 0 leaves the sink as it was, and frames that already left the
-        # window only query: nobody reads them (LongLive's global sink)
-        locked = call.held[:self.options.sink] if replay and call.first > 0 else ()
+        # a replay that does not start at the first frame of the scene leaves the sink as it was, and frames that
+        # already left the window only query: nobody reads them (LongLive's global sink)
+        locked = call.held[:self.options.sink] if replay and call.first > call.held[0] else ()
         write = tuple(f for f in call.span if f in read and f not in locked)
         positions, query = self._place(read, call.span, self.options)
         return Plan(evict, write, read, positions, query)
+
+    def flushed(self, held: tuple[int, ...], last: int) -> tuple[int, ...]:
+        """What a flush leaves of the held frames: the sink and the newest `last`."""
+        return tuple(sorted({*held[:self.options.sink], *held[max(0, len(held) - last):]}))
 
     def _evicted(self, held: tuple[int, ...], incoming: int) -> tuple[int, ...]:
         over = max(0, len(held) + incoming - self.capacity)

@@ -14,11 +14,13 @@ CHECKPOINT_SECONDS, REPORT_SECONDS = 60.0, 5.0
 
 class Stage:
     """What the loop needs of a trainer. `step` does one optimiser step and returns what `progress` is made from;
-    `settings.minutes` is the time limit or None."""
+    `settings.minutes` is the time limit or None. `prepare` is called before the first step of a process."""
 
     settings: Any
     clock: Clock
     phases: Sequence[Phase]
+
+    def prepare(self) -> None: ...
 
     def step(self) -> Any: ...
 

@@ -29,6 +29,7 @@ from ..micro import world
 from ..micro.code import LinearCode, of_world
 from ..micro.vae import MicroVAE, load_vae, vae_bytes
 from ..noise import mix
+from . import history
 from .loop import Stage, finite
 from .muon import MuonAdamW
 from .pixels import ErrorSums, foreground, pixel_loss
@@ -89,9 +90,15 @@ class Progress:
     seconds_per_step: float
     seconds_left: float | None
 
+    def __str__(self) -> str:
+        return (f"{self.phase}  step {self.step}  loss {self.loss:.4f}  psnr {self.psnr:.1f} dB  "
+                f"shapes {self.shape_psnr:.1f} dB  {self.seconds_per_step:.3f} s/step")
+
 
 class VaeTrainer(Stage):
     """The state of a run and its steps. Raises ForcingError for settings that cannot be built."""
+
+    name, settings_type = "vae", VaeSettings
 
     def __init__(self, settings: VaeSettings, device: str = "cpu", code: LinearCode | None = None):
         self.settings, self.device = settings, torch.device(device)
@@ -101,6 +108,7 @@ class VaeTrainer(Stage):
         self.average = Average(self.vae, settings.average)
         self.optimiser = MuonAdamW(self.vae.parameters(), settings.muon_lr, settings.adamw_lr, settings.weight_decay)
         self.clock, self.phases, self.layout = Clock(), settings.phases(), "channels_last"
+        self.history = history.curves(("loss",))
         self.code = (code or of_world(settings.code_clips, settings.seed)).to(self.device)
 
     def clips(self, stream: int, count: int, frames: int, split: str = "train", at_once: int = 8) -> Iterator[Tensor]:
@@ -148,6 +156,7 @@ class VaeTrainer(Stage):
         loss.backward()
         self.optimiser.step(learning_rate(phase, self.clock.progress(self.phases, self.settings.minutes), total))
         self.average.update(self.vae, total)
+        self.history["loss"].add(total, loss)
         return loss.detach(), ErrorSums().add(made, video, mask)
 
     def progress(self, result: tuple[Tensor, ErrorSums]) -> Progress:
@@ -159,7 +168,7 @@ class VaeTrainer(Stage):
     def state_dict(self) -> dict[str, Any]:
         return {"settings": asdict(self.settings), "clock": asdict(self.clock), "code": self.code.state_dict(),
                 "vae": self.vae.state_dict(), "average": self.average.weights,
-                "optimiser": self.optimiser.state_dict()}
+                "optimiser": self.optimiser.state_dict(), "history": history.saved(self.history)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: str = "cpu", minutes: float | None = None) -> VaeTrainer:
@@ -171,7 +180,13 @@ class VaeTrainer(Stage):
         trainer.average.weights = [weight.to(trainer.device) for weight in state["average"]]
         trainer.optimiser.load_state_dict(state["optimiser"])
         trainer.clock = Clock(**state["clock"])
+        trainer.history = history.curves(("loss",), state.get("history"))
         return trainer
+
+    def prepare(self) -> None:
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        if not self.done:
+            self.layout = faster_layout(self)
 
     @torch.no_grad()
     def finished(self) -> MicroVAE:
@@ -230,7 +245,7 @@ def finish(trainer: VaeTrainer, out: Path, facts: dict[str, Any]) -> dict[str, A
     vae = trainer.finished()
     write_whole(out / WEIGHTS, vae_bytes(vae, {"forcing.training": json.dumps(settings)}))
     held_out = trainer.measure(load_vae(out / WEIGHTS).to(trainer.device))
-    report = {"stage": "vae", **settings, "held_out": held_out, "file": WEIGHTS,
-              "file_bytes": (out / WEIGHTS).stat().st_size, **facts}
-    write_whole(out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    report = {"stage": "vae", **settings, "held_out": held_out, "file": WEIGHTS, "layout": trainer.layout, **facts,
+              "file_bytes": (out / WEIGHTS).stat().st_size, "losses": history.told(trainer.history)}
+    write_whole(out / REPORT, (json.dumps(report) + "\n").encode())
     return report

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention import backend
 from ..errors import ForcingError
-from ..memory import Exchange
+from ..passes import Exchange
 from .text import TextState
 
 
@@ -78,6 +78,10 @@ def _attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return ops.attention(*(t.unflatten(2, (heads, -1)) for t in (q, k, v))).flatten(2)
 
 
+def _plainly(layer: int, q: Tensor, keys: Tensor, values: Tensor, attention: Callable) -> Tensor:
+    return attention(q, keys, values)
+
+
 def _modulation(block: nn.Module, e: Tensor, like: Tensor, ops: Ops) -> tuple[Tensor, ...]:
     """e [B, F, 6, D] -> shift, scale, gate (self-attention), shift, scale, gate (ffn), each [B, F, 1, D]."""
     return tuple(m.unsqueeze(2) for m in (ops.parameter(block.modulation, like).unsqueeze(0) + e).unbind(2))
@@ -107,19 +111,22 @@ class _Run:
     def __init__(self, net: Any, text: TextState, memory: Exchange, e: Tensor, ops: Ops):
         self.net, self.text, self.memory, self.e, self.ops = net, text, memory, e, ops
         self.first_half, self.ffn = ops.compile(keys_and_values), ops.compile(feed_forward)
+        self.attend = getattr(memory, "attend", _plainly)
+        self.observed = getattr(memory, "observes", False)
 
     def layer(self, index: int, block: nn.Module, x: Tensor) -> Tensor | None:
         """One layer. Returns None after the last layer of a silent pass: its keys are all that is wanted."""
         ops, heads = self.ops, self.net.num_heads
         m = _modulation(block, self.e, x, ops)
         y, k, v = self.first_half(block, x, m, heads)
-        if self.memory.silent and index == len(self.net.blocks) - 1:
-            self.memory.exchange(index, None, k, v)
-            return None
         attention = block.self_attn
-        q = attention.norm_q(attention.q(y)).unflatten(2, (heads, -1))
+        last = self.memory.silent and index == len(self.net.blocks) - 1
+        q = None if last and not self.observed else attention.norm_q(attention.q(y)).unflatten(2, (heads, -1))
+        if last:
+            self.memory.exchange(index, q, k, v)
+            return None
         q, keys, values = self.memory.exchange(index, q, k, v)
-        y = ops.attention(q, keys, values).flatten(2)
+        y = self.attend(index, q, keys, values, ops.attention).flatten(2)
         y = attention.o(ops.after_self_attention(index, y, q=q, k=keys))
         x = torch.addcmul(_frames(x, m[2]), _frames(y, m[2]), m[2]).flatten(1, 2)
         x = x + ops.cross_attention(index, block, block.norm3(x), self.text, ops, self.net)

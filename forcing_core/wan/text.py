@@ -15,6 +15,13 @@ def pad_rows(context: Tensor, rows: int = 512) -> Tensor:
     return context[:, :rows] if missing <= 0 else torch.nn.functional.pad(context, (0, 0, 0, missing))
 
 
+def blended(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """(1 - weight) * a + weight * b of two prompts [B, n, text_dim], in the dtype of `a`. The shorter one is padded
+    with zero rows, which is what the text encoder pads with."""
+    rows = max(a.shape[1], b.shape[1])
+    return torch.lerp(pad_rows(a, rows).float(), pad_rows(b, rows).float(), weight).to(a.dtype)
+
+
 class TextState:
     """One prompt (or batch of prompts), [B, 512, text_dim] in the compute dtype.
 

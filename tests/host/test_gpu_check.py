@@ -21,5 +21,7 @@ def test_every_check_reports(comfy_checkout, tmp_path):
     checks = {check["name"]: check for check in json.loads(out.read_text())["checks"]}
     same = next(check for name, check in checks.items() if name.startswith("same latents"))
     assert same["equal"] and checks["noise equal on CPU and GPU"]["equal"]
+    variants = [check for name, check in checks.items() if " frames, store " in name]
+    assert len(variants) == 6 and all(check["same"] and check["exact"] for check in variants)
     windows = [check for name, check in checks.items() if " frames under " in name]
     assert len(windows) == 4 and all(check["exact"] and check["finite"] for check in windows)

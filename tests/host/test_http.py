@@ -122,7 +122,8 @@ def test_plan_view_announces_in_the_graph(comfy_server):
 
 def long_graph(seed, **settings):
     """1200 latent frames in a window: minutes, if nobody interrupts."""
-    cache = node("ForcingCache", window=12, sink=3, positions="relative", position_limit=1024, compact=False)
+    cache = node("ForcingCache", **{"policy": "window", "policy.window": 12, "policy.sink": 3,
+                                    "policy.positions": "relative"})
     prompt = graph(length=1200, seed=seed, cache=cache, **settings)
     prompt["preset"]["inputs"]["cache"] = ["cache", 0]
     return {name: value for name, value in prompt.items() if name not in ("decode", "video", "video_file", "vae")}

@@ -35,11 +35,34 @@ def inputs_of(schema):
             yield section, name, kind, options[0] if options else {}
 
 
+def all_inputs_of(schema):
+    """(name, options) of every widget and socket, those that a drop-down reveals right after it, each name once."""
+    seen = {}
+    for _, name, _, options in inputs_of(schema):
+        seen.setdefault(name, options)
+        for option in revealed(options):
+            for inner in ("required", "optional"):
+                for key, (_, *more) in option["inputs"].get(inner, {}).items():
+                    seen.setdefault(key, more[0] if more else {})
+    return list(seen.items())
+
+
+def revealed(options):
+    """The choices of a drop-down that bring inputs of their own."""
+    return [option for option in options.get("options", ()) if isinstance(option, dict)]
+
+
+def without_tooltips(value):
+    if isinstance(value, dict):
+        return {key: without_tooltips(part) for key, part in value.items() if key != "tooltip"}
+    return [without_tooltips(part) for part in value] if isinstance(value, list) else value
+
+
 def face(name, schema):
     """What a saved workflow depends on. Tooltips and descriptions may change freely."""
     inputs = []
     for section, key, kind, options in inputs_of(schema):
-        kept = {option: value for option, value in options.items() if option != "tooltip"}
+        kept = without_tooltips(options)
         if (name, key) in FILE_LISTS:
             kept["options"] = "files"
         inputs.append({"name": key, "type": kind, "section": section, **dict(sorted(kept.items()))})
@@ -63,7 +86,7 @@ def test_nodes_are_those_of_the_snapshot(schemas):
 
 @pytest.mark.parametrize("name", NODES)
 def test_every_input_explains_itself(schemas, name):
-    assert [key for _, key, _, options in inputs_of(schemas[name]) if not options.get("tooltip")] == []
+    assert [key for key, options in all_inputs_of(schemas[name]) if not options.get("tooltip")] == []
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -77,7 +100,7 @@ def test_node_says_what_it_is_for(schemas, name):
 def test_help_page_covers_every_input_and_output(schemas, name):
     page = (PACK / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## (.+?)\n(.+?)(?=\n## |\Z)", page, re.MULTILINE | re.DOTALL))
-    inputs = [key for _, key, _, _ in inputs_of(schemas[name])]
+    inputs = [key for key, _ in all_inputs_of(schemas[name])]
     assert re.findall(ITEM, sections["Inputs"], re.MULTILINE) == inputs
     assert re.findall(ITEM, sections["Outputs"], re.MULTILINE) == schemas[name]["output_name"]
     assert sections["A typical connection"] and sections["Common errors"]

@@ -94,9 +94,21 @@ class Recorder:
         self.events.append(("text", segment))
         self.inner.replace_text(segment)
 
+    def blend_text(self, a, b, weight):
+        self.events.append(("blend", a, b, weight))
+        self.inner.blend_text(a, b, weight)
+
     def forget(self):
         self.events.append(("forget",))
         self.inner.forget()
+
+    def flush(self, last):
+        self.events.append(("flush", last))
+        self.inner.flush(last)
+
+    def jump(self, first, distance):
+        self.events.append(("jump", first, distance))
+        self.inner.jump(first, distance)
 
 
 class FakeDenoiser:
@@ -108,7 +120,16 @@ class FakeDenoiser:
     def replace_text(self, segment):
         pass
 
+    def blend_text(self, a, b, weight):
+        pass
+
     def forget(self):
+        pass
+
+    def flush(self, last):
+        pass
+
+    def jump(self, first, distance):
         pass
 
 

@@ -1,6 +1,8 @@
 """Write workflows/*.jpg: a title card with the plan of the rollout, one row a block, one column a latent frame.
 
     python tests/tools/build_thumbnails.py [NAME ...]
+
+The card of `hello` shows pictures of the bundled model instead, so it needs the trained weights.
 """
 import sys
 from dataclasses import dataclass
@@ -9,19 +11,24 @@ import bench
 from examples import LONG, SMALL
 from forcing_pack.forcing_core import plan_view
 from forcing_pack.forcing_core.media import font
+from forcing_pack.forcing_core.micro.source import MicroSource
+from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.options import from_preset
 from forcing_pack.forcing_core.presets import get
+from forcing_pack.forcing_core.standalone import preset_rollout, window_options
 from PIL import Image, ImageDraw
 
 SIZE, SCALE, LIMIT = (640, 360), 2, 100_000
 TOP, BOTTOM, TITLE, TEXT, FAINT = (22, 26, 36), (38, 44, 60), (245, 245, 242), (176, 184, 200), (58, 65, 84)
 STATES = {**plan_view.COLOURS, "evicted": (50, 56, 74), "future": None}
 LEFT, RIGHT, HIGH, LOW = 300, 604, 52, 288
+COLUMNS = 4  # of pictures
 
 
 @dataclass(frozen=True)
 class Card:
-    """title: lines of the heading. frames, given: of the plan in latent frames."""
+    """title: lines of the heading. frames, given: of the plan in latent frames. captions: of the bundled model's
+    clips that are shown in place of the plan, one a row."""
 
     title: tuple
     text: tuple
@@ -29,9 +36,13 @@ class Card:
     frames: int = 21
     given: int = 0
     cache: object = None
+    captions: tuple = ()
 
 
 CARDS = {
+    "hello": Card(("Hello",), ("Text to video", "Nothing to download"), "self-forcing", captions=(
+        "a red circle moving right on a dark background", "a yellow triangle moving up on a gray background",
+        "a blue square moving down on a light background", "a green circle moving left on a dark background")),
     "self_forcing_t2v": Card(("Self Forcing",), ("Text to video", "5 s, 4 steps a block"), "self-forcing"),
     "causal_forcing_framewise_t2v": Card(("Causal", "Forcing"), ("Text to video", "Frame by frame, 4 steps"),
                                          "causal-forcing-framewise"),
@@ -40,6 +51,8 @@ CARDS = {
     "causal_forcing_pp_2step_t2v": Card(("Causal", "Forcing++"), ("Text to video", "Frame by frame, 2 steps"),
                                         "causal-forcing++-2step"),
     "longlive_30s": Card(("LongLive",), ("Text to video", "30 s, constant memory"), "longlive", 120),
+    "longlive_60s_prompts": Card(("LongLive", "with prompts"), ("Text to video", "1 min, four prompts"), "longlive", 240),
+    "multi_scene_story": Card(("A story in", "four scenes"), ("Text to video, 20 s", "Flush, cut, recache"), "longlive", 81),
     "extend_video": Card(("Extend", "a video"), ("5 s + 5 s, two prompts", "Self Forcing with a sink"), "self-forcing",
                          42, 21, LONG),
     "low_vram_fp8": Card(("Little", "memory"), ("Text to video in fp8", "Small, compact cache"), "self-forcing",
@@ -62,6 +75,9 @@ def draw(card):
     image = Image.composite(Image.new("RGB", image.size, BOTTOM), Image.new("RGB", image.size, TOP), image)
     pen = ImageDraw.Draw(image)
     write(pen, card)
+    if card.captions:
+        clips(image, card.captions)
+        return image.resize(SIZE, Image.Resampling.LANCZOS)
     table = plan_view.simulate(from_preset(get(card.preset), card.cache).cache, card.frames, given=card.given)
     plan(pen, table)
     legend(pen, table)
@@ -78,6 +94,27 @@ def write(pen, card):
         pen.text((36 * SCALE, y * SCALE), line, TEXT, font=font(19 * SCALE))
         y += 27
     pen.text((36 * SCALE, 318 * SCALE), "ComfyUI-Forcing", TEXT, font=font(14 * SCALE))
+
+
+def clips(image, captions, seed=1):
+    """Evenly spaced pictures of 5 s, one row a caption."""
+    side, gap = 64, (RIGHT - LEFT - COLUMNS * 64) // (COLUMNS - 1)
+    top = (SIZE[1] - len(captions) * (side + gap) + gap) // 2
+    for row, caption in enumerate(captions):
+        pictures = clip(caption, seed)
+        for column in range(COLUMNS):
+            picture = Image.fromarray(pictures[column * (len(pictures) - 1) // (COLUMNS - 1)])
+            place = LEFT + column * (side + gap), top + row * (side + gap)
+            image.paste(picture.resize((side * SCALE,) * 2, Image.Resampling.NEAREST), [x * SCALE for x in place])
+
+
+def clip(caption, seed, frames=21):
+    """Pictures of the bundled model, uint8 [H, W, 3]."""
+    preset, source = get("self-forcing"), MicroSource(caption)
+    size = source.latent_size(*source.size)
+    denoiser, decode = source.denoiser(preset, window_options(preset), frames, size), source.decoder()
+    noise = BlockNoise(seed, (1, source.channels), size)
+    return [picture for _, x0 in preset_rollout(preset, denoiser, frames, noise) for picture in decode(x0)]
 
 
 def plan(pen, table):

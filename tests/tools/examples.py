@@ -1,11 +1,13 @@
 """The example workflows. Only what differs between them is written down; `Clip` holds what all of them share."""
+from forcing_pack.forcing_core.micro.names import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
+from forcing_pack.forcing_core.micro.source import ENLARGED, PROMPT
 from forcing_pack.forcing_core.policies import WindowOptions
 from forcing_pack.forcing_core.presets import get
 from graph import Graph
 from notes import bullets, checkpoint, files, licence, lora, seconds, store, text, text_encoder, vae
 
 # As in the colour menu of the page.
-MODELS, PROMPT, SAMPLING, VIDEO = "#3f789e", "#8A8", "#b06634", "#88A"
+MODELS, PROMPTS, SAMPLING, VIDEO = "#3f789e", "#8A8", "#b06634", "#88A"
 LONG = WindowOptions(window=12, sink=3, positions="relative")
 SMALL = WindowOptions(window=9, sink=3, positions="relative", compact=True)
 
@@ -42,11 +44,32 @@ TEA = (
     "lights outside change from red to green, a hand enters from the right and turns the cup slowly. Cosy warm "
     "light, close shot, static camera, realistic.")
 
+LANTERN = """0 | A paper lantern floats on a calm lake at dusk, warm light inside, pine forest on the shore, the camera drifts \
+beside it at water level, realistic, cinematic.
+15 | The same paper lantern with warm light inside floats on the lake at dusk, more and more lanterns come into view \
+around it, pine forest on the shore, the camera drifts beside them, realistic, cinematic.
+30 | The paper lanterns lift off the lake and rise slowly into the evening sky above the pine forest, warm light on the \
+water, the camera tilts up with them, realistic, cinematic.
+45 | soft 6 | Hundreds of paper lanterns with warm light drift among the stars of a clear night sky, the camera floats \
+with them, realistic, cinematic."""
+SCENES = (
+    "An old lighthouse keeper with a white beard and a dark blue coat climbs a narrow spiral staircase with a lantern in "
+    "his hand. Warm lantern light on rough stone walls, the camera follows from below, realistic, cinematic.",
+    "The old lighthouse keeper with a white beard and a dark blue coat polishes the great lens of the lighthouse with a "
+    "cloth. Warm lantern light, night behind the windows, close shot, realistic, cinematic.",
+    "A small wooden fishing boat fights its way through high waves at night. Rain, spray over the bow, a beam of light "
+    "sweeps across the dark sea, wide shot, realistic, cinematic.",
+    "The small wooden fishing boat glides past the pier into a calm harbour at first light. The rain has stopped, the "
+    "lighthouse stands behind it, wide shot, realistic, cinematic.")
+CHANGES = ((5.0, "flush"), (10.0, "cut"), (15.0, "recache"))
+
 MATCH = "**system** (loader and preset) and **block** (latent) belong to the checkpoint: leave them."
 
 
 class Clip(Graph):
     """Note, loaders, prompts, sampling and video, in groups from left to right. Methods are called in that order."""
+
+    enlarged = 1  # pictures, before they become a video
 
     def __init__(self, preset, note, tall, *prompts, dtype="default", lora_file=None):
         super().__init__()
@@ -55,7 +78,7 @@ class Clip(Graph):
         self.column(460)
         self.add("MarkdownNote", "Read me", tall, text=note)
         self._models(dtype, lora_file)
-        self.group("2  Prompt and size", PROMPT, below=True)
+        self.group("2  Prompt and size", PROMPTS, below=True)
         self.column(400)
         titles = ["Prompt"] if len(prompts) == 1 else [f"Prompt {number}" for number in range(1, len(prompts) + 1)]
         self.prompts = [self.add("CLIPTextEncode", title, 200, clip=self.clip, text=text)
@@ -99,6 +122,8 @@ class Clip(Graph):
         self.group(title, VIDEO)
         self.column(440)
         images = self.add("VAEDecode", samples=samples, vae=self.vae)
+        if self.enlarged > 1:
+            images = self.add("ImageScaleBy", image=images, upscale_method="nearest-exact", scale_by=self.enlarged)
         video = self.add("CreateVideo", images=images, fps=16)
         self.add("SaveVideo", tall=420, video=video, filename_prefix=f"forcing/{prefix}", format="mp4", codec="h264")
         return self
@@ -111,8 +136,45 @@ class Clip(Graph):
         return self.video(self.sample(self.guider(), self.noise(seed)), prefix, video)
 
 
+class MicroClip(Clip):
+    """The same with the model that comes with the pack."""
+
+    enlarged = ENLARGED
+
+    def _models(self, dtype, lora_file):
+        self.group("1  Model", MODELS)
+        self.column(400)
+        node = self.add("ForcingMicroModel", model="student")
+        self.model, self.clip, self.vae = node[0], node[1], node[2]
+
+
+def window_cache(**fields):
+    """Widgets of Forcing Cache for a sliding window: those given, a sink of 3, relative positions."""
+    return {"policy": "window", **{f"policy.{name}": value
+                                   for name, value in {"sink": 3, "positions": "relative", **fields}.items()}}
+
+
 def files_of(preset, *more):
     return files(checkpoint(preset), *more, text_encoder(), vae())
+
+
+def hello():
+    preset = get("self-forcing")
+    note = text(
+        "Hello: a first video, with nothing to download",
+        f"One clip of {seconds(21)}, 64x64 pixels, in seconds, on any machine: a tiny model comes with the pack. Press Run. "
+        "Nodes and wires are those of the large models.",
+        bullets("What to change", "**Prompt**: a colour, a shape, a motion and a background, in these words: "
+                f"*{', '.join(COLOURS)}*; *{', '.join(SHAPES)}*; moving *{', '.join(DIRECTIONS)}*; on a "
+                f"*{', '.join(BACKGROUNDS)}* background. Other words are refused.",
+                "**Seed**: another clip of the same prompt.",
+                "**Length**: up to 5 s as trained. For more, set *system* to `longlive-infinity`, which keeps a window "
+                "of 12 latent frames.",
+                "**model**: the same task trained in other ways; the help page of Forcing Micro Model says what each is. "
+                "The *teacher* takes another system and guidance."),
+        bullets("Then", "Open *self_forcing_t2v* for a model of the real world. Its note lists the files it needs."),
+        "## Licence\nModel and pack: Apache-2.0. It was trained on generated clips only.")
+    return MicroClip(preset, note, 460, PROMPT).empty(width=64, height=64).usual("hello", 1)
 
 
 def self_forcing_t2v():
@@ -162,7 +224,7 @@ def causal_forcing_framewise_i2v():
         bullets("Memory", f"KV store {store(preset, 21, 624, 624)} at this size, besides about 2.8 GB of weights."),
         licence(preset))
     clip = Clip(preset, note, 660, DRAWING).empty(20, "latent frames", 624, 624)
-    clip.group("3  Start image", PROMPT)
+    clip.group("3  Start image", PROMPTS)
     clip.column(320)
     image = clip.add("LoadImage", "Start image", 380, image="example.png")
     clip.latent = clip.add("ForcingStartImage", vae=clip.vae, image=image, latent=clip.latent, fit="crop")
@@ -213,6 +275,59 @@ def longlive_30s():
     return clip.video(samples, "longlive")
 
 
+def longlive_60s_prompts():
+    preset = get("longlive")
+    adapter = lora(preset)
+    note = text(
+        "LongLive: one minute, four prompts",
+        f"{seconds(240)} in one go. **Forcing Prompt Track** holds the script: one line a prompt, with the second at which "
+        "it takes over. At each change the memory of 12 latent frames is replayed once under the new prompt "
+        "(*recache*), so that the action follows at once and the subject stays.",
+        files_of(preset, adapter),
+        "Base and LoRA belong together. Both come from the folder `models` of one repository; `lora.pt` is a common "
+        "name, so give it a subfolder if you have another one.",
+        bullets("What to change", "**script**: `seconds | prompt`, or `seconds | transition | prompt`. The last line fades in "
+                "over 6 blocks (*soft 6*).",
+                "**Every prompt** says the whole picture again, subject and style included: the network knows only the one "
+                "that rules.",
+                "**Length**: up to 4 min 15 s. Times past the end are refused."),
+        bullets("Memory", f"KV store {store(preset, 240)} for any length, besides about 2.8 GB of weights.",
+                "The decoded video takes 4.6 GB of ordinary memory (4.8 MB a frame)."),
+        licence(preset))
+    clip = Clip(preset, note, 680, lora_file=adapter)
+    clip.prompts = [clip.add("ForcingPromptTrack", "Prompts", 460, clip=clip.clip, script=LANTERN, transition="recache")]
+    return clip.empty(60.0).usual("longlive_prompts", 9)
+
+
+def multi_scene_story():
+    preset = get("longlive")
+    adapter = lora(preset)
+    note = text(
+        "A story in four scenes",
+        f"{seconds(81)} in one go, with a different kind of change at each of three times.",
+        files_of(preset, adapter),
+        bullets("The changes", "5 s, *flush*: the same man does something else. Only the sink and the newest two latent "
+                "frames stay in memory.",
+                "10 s, *cut*: another place, nothing of the old scene is left. The boat's first frames become the sink of "
+                "the new scene.",
+                "15 s, *recache*: the same boat, and the memory rewritten under the new prompt."),
+        bullets("What to change", "**Prompts**: each is one scene and says all of it.",
+                "**More scenes**: copy a Forcing Prompt Segment, connect it to the last one, and the last one to the guider.",
+                "*jump* keeps the subject but leaves the place. It needs relative positions: set *system* in both places to "
+                "`longlive-infinity`."),
+        bullets("Memory", f"KV store {store(preset, 81)} for any length, besides about 2.8 GB of weights."),
+        licence(preset))
+    clip = Clip(preset, note, 680, *SCENES, lora_file=adapter).empty(20.0)
+    clip.group("3  Scenes", PROMPTS)
+    clip.column(320)
+    told = clip.prompts[0]
+    for number, (start, transition) in enumerate(CHANGES, 1):
+        told = clip.add("ForcingPromptSegment", f"Scene {number + 1}", previous=told, conditioning=clip.prompts[number],
+                        start=start, transition=transition)
+    clip.prompts = [told]
+    return clip.usual("story", 10, "4  Sampling", "5  Video")
+
+
 def extend_video():
     preset = get("self-forcing")
     note = text(
@@ -233,7 +348,7 @@ def extend_video():
         licence(preset))
     clip = Clip(preset, note, 680, HARBOUR, OPEN_SEA).empty()
     clip.sampling("3  First clip")
-    cache = clip.add("ForcingCache", window=12, sink=3, positions="relative")
+    cache = clip.add("ForcingCache", **window_cache(window=12))
     clip.by_preset(cache=cache)
     first = clip.sample(clip.guider(0), clip.noise(6, "fixed"), title="Sample the first clip")
     clip.sampling("4  Second clip", below=True)
@@ -263,7 +378,7 @@ def low_vram_fp8():
         licence(preset))
     clip = Clip(preset, note, 640, TEA, dtype="fp8_e4m3fn").empty(width=576, height=320)
     clip.sampling()
-    cache = clip.add("ForcingCache", window=9, sink=3, positions="relative", compact=True)
+    cache = clip.add("ForcingCache", **window_cache(window=9, compact=True))
     clip.sigmas = clip.add("ForcingSigmas", system="custom", steps="1000, 750, 500, 250", first_block_steps="",
                            shift=preset.shift)
     clip.column(340)
@@ -272,5 +387,5 @@ def low_vram_fp8():
 
 
 EXAMPLES = {make.__name__: make for make in (
-    self_forcing_t2v, causal_forcing_framewise_t2v, causal_forcing_framewise_i2v, causal_forcing_pp_2step_t2v,
-    longlive_30s, extend_video, low_vram_fp8)}
+    hello, self_forcing_t2v, causal_forcing_framewise_t2v, causal_forcing_framewise_i2v, causal_forcing_pp_2step_t2v,
+    longlive_30s, longlive_60s_prompts, multi_scene_story, extend_video, low_vram_fp8)}

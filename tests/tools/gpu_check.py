@@ -1,9 +1,9 @@
 """Checks and timings for a CUDA card, in a real ComfyUI: python tests/tools/gpu_check.py --comfy DIR --json FILE
 
 Runs ComfyUI's own autoregressive sampler and ours on one random network of the 1.3B shape (bf16, 832x480):
-bit-identity, speed, a windowed long run, memory announced against memory taken, fp8 weights, torch.compile, and
-the same run while other data leaves little room. Every check prints a line; the JSON holds all numbers. Without
-a card it goes through the same steps on a tiny network, to show that the script works.
+bit-identity, speed, a windowed long run, memory announced against memory taken, quantised and offloaded stores, fp8
+weights, torch.compile, and the same run while other data leaves little room. Every check prints a line; the JSON
+holds all numbers. Without a card it goes through the same steps on a tiny network, to show that the script works.
 """
 from __future__ import annotations
 
@@ -157,6 +157,33 @@ def check_window(rig: Rig, total: int, **cache) -> None:
            video_fps=12 / sorted(blocks)[len(blocks) // 2], finite=bool(torch.isfinite(out).all()))
 
 
+def check_variants(rig: Rig, total: int) -> None:
+    """Quantised and offloaded stores: how far the latents move, time, and bytes. Offloaded ones have to give the same
+    bits every time: a copy that comes late, or a buffer that is reused too soon, shows as a difference."""
+    from forcing_pack.nodes import host
+    taken, resident = [], {}
+    plain = host.HostDenoiser.free
+
+    def free(self):
+        taken.extend((m.store.nbytes, m.store.host_nbytes) for m in self.memories.values())
+        plain(self)
+
+    host.HostDenoiser.free = free
+    for store in ("model", "int8", "fp8"):
+        for offloaded in (False, True):
+            sampler = causal_sampler(cache=window(9, sink=3, positions="relative", store=store, offload=offloaded))
+            runs = [rig.run(sampler, total) for _ in range(3 if offloaded else 1)]
+            out, base = runs[-1][0], resident.setdefault("model", runs[-1][0])
+            announced = host.announced_bytes(sampler.rollout, host.shape_of(rig.model.model, out.shape),
+                                             host.element_size(rig.model))
+            report(f"{total} frames, store {store}{', offloaded' * offloaded}", seconds=runs[-1][1], peak_gb=peak_gb(),
+                   store_gb=max(taken)[0] / 1e9, host_gb=max(taken)[1] / 1e9, exact=max(taken)[0] == announced,
+                   relative=float((out - base).norm() / base.norm()),
+                   same=all(torch.equal(run[0], resident.setdefault(store, out)) for run in runs))
+            taken.clear()
+    host.HostDenoiser.free = plain
+
+
 def check_fp8(state: dict, base: torch.Tensor) -> None:
     rig = Rig(state, options={"dtype": torch.float8_e4m3fn})
     out, seconds, _ = rig.run(causal_sampler(), 9)
@@ -217,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         check_window(rig, 120, frames=12, sink=3, positions="relative")
         check_window(rig, 60, frames=12, sink=3, positions="relative", compact=True)
         check_window(rig, 60, frames=21, positions="rebased", limit=21)
+        check_variants(rig, 30)
         check_fp8(state, base)
         check_compile(rig, base)
         del rig

@@ -107,7 +107,7 @@ def test_json_holds_everything_and_can_be_read_back(capsys):
     assert list(rows) == list(PRESETS)
     assert rows["longlive"]["lora"] == {"repo": "Efficient-Large-Model/LongLive-1.3B", "path": "models/lora.pt",
                                         "bytes": None}
-    assert rows["deep-forcing"]["options"] == {"budget": 16, "recent": 4, "reuse_cap": 7}
+    assert rows["deep-forcing"]["options"] == {"budget": 16, "recent": 4, "reuse_cap": 7, "positions": "rebased"}
     assert rows["self-forcing"]["available"] is True and rows["live"]["runs"].startswith("no: ")
 
 

@@ -41,11 +41,11 @@ def test_case(net, path):
 
 def test_every_system_is_there():
     """An empty folder, or one that lost a system, must not look like success."""
-    papers = {"2506.08009", "2412.07772", "2602.02214", "2605.15141", "2509.22622"}
+    papers = {"2506.08009", "2412.07772", "2602.02214", "2605.15141", "2509.22622", "2509.25161"}
     cases = [read_case(path).settings for path in CASES]
     assert len(cases) >= 18
     assert papers <= {paper for paper in papers for settings in cases if paper in str(settings)}
-    assert {settings["rollout"] for settings in cases} >= {"block", "many_step"}
+    assert {settings["rollout"] for settings in cases} >= {"block", "many_step", "rolling"}
     assert {settings["rope_positions"] for settings in cases} >= {"absolute", "relative"}
     assert any(settings["batch"] > 1 for settings in cases)
 
@@ -84,6 +84,8 @@ def test_a_wrong_number_of_forwards_fails(net, quick):
     ("sf_context_noise", {"context_noise": 0}),
     ("longlive_switch", {"global_sink": False}),
     ("longlive_infinity_switch", {"rope_positions": "absolute"}),
+    ("rolling_forcing", {"window": 18}),
+    ("rolling_forcing", {"sink": 2}),
     ("cf_ar_teacher", {"guidance": 1.0}),
     ("cfpp_2step", {"first_block_timesteps": None, "first_block_sigmas": None}),
 ], ids=lambda value: value if isinstance(value, str) else "")

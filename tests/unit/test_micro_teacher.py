@@ -8,7 +8,8 @@ import torch
 from forcing_pack.forcing_core import checkpoints
 from forcing_pack.forcing_core.cli import train as command
 from forcing_pack.forcing_core.micro import world
-from forcing_pack.forcing_core.training import dit
+from forcing_pack.forcing_core.micro.bundle import TEXT_DIM
+from forcing_pack.forcing_core.training import dit, network
 from forcing_pack.forcing_core.training.pixels import foreground
 from safetensors import safe_open
 
@@ -26,7 +27,7 @@ def code():
 def run(trainer, steps):
     losses = []
     for _ in range(steps):
-        losses.append(float(trainer.step()))
+        losses.append(float(trainer.step()["loss"]))
         trainer.advance(1.0)
     return losses
 
@@ -35,7 +36,7 @@ def test_the_loss_falls(code):
     """On one batch: the clock stands still, so every step draws the same clips and the same noise."""
     trainer = dit.DitTrainer(replace(SMALL, empty=0.5), code=code)
     trainer.clock = replace(trainer.clock, total=101)
-    losses = [float(trainer.step()) for _ in range(25)]
+    losses = [float(trainer.step()["loss"]) for _ in range(25)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -50,7 +51,7 @@ def test_a_resumed_run_is_the_same_run(code):
 
 def test_the_foreground_share_of_a_cell():
     video = world.batch(3, 2, 9)[0]
-    shares = dit.per_cell(foreground(video))
+    shares = network.per_cell(foreground(video))
     assert shares.shape == (2, 1, 3, 8, 8) and 0 < float(shares.mean()) < 0.3
     assert torch.isclose(shares[:, :, 0].mean(), foreground(video)[:, :, 0].float().mean())
 
@@ -62,8 +63,8 @@ def test_the_command_writes_a_checkpoint_of_the_family(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert command.run(parser.parse_args(arguments)) == 0
-    loaded = checkpoints.load(out / dit.WEIGHTS)
-    assert (loaded.config.dim, loaded.config.num_layers, loaded.config.text_dim) == (128, 1, dit.TEXT_DIM)
-    with safe_open(out / dit.WEIGHTS, "pt") as file:
+    loaded = checkpoints.load(out / "micro_teacher.safetensors")
+    assert (loaded.config.dim, loaded.config.num_layers, loaded.config.text_dim) == (128, 1, TEXT_DIM)
+    with safe_open(out / "micro_teacher.safetensors", "pt") as file:
         assert json.loads(file.metadata()["forcing.training"])["steps"] == 3
     assert "after 3 steps" in capsys.readouterr().out

@@ -66,9 +66,10 @@ def test_the_many_step_teacher_is_guided_and_has_the_official_negative_prompt():
     assert all(p.cfg == 1 and not p.negative_prompt for p in PRESETS.values() if p.solver == "renoise")
 
 
-def test_only_window_systems_with_public_weights_run():
-    assert {p.policy for p in runnable()} == {"window"}
-    assert "self-forcing" in {p.name for p in runnable()}
+def test_only_systems_with_a_known_policy_and_public_weights_run():
+    assert {"self-forcing", "rolling-forcing", "causal-forcing-longvideo"} <= {p.name for p in runnable()}
+    assert all(presets.POLICIES[p.policy] is None and p.files for p in runnable())
+    assert "live" not in {p.name for p in runnable()}
     for preset in PRESETS.values():
         assert preset.available == (preset.runs == "yes")
         assert preset.available or preset.runs.startswith("no: ")

@@ -1,7 +1,7 @@
 """Every example workflow: sound as a file, opens in the real frontend, and makes the video its note promises.
 
 The server gets tiny files under the official names, so loaders and paths stay as they are. Only the text encoder
-is replaced, and the size.
+is replaced, and the size. The workflow of the bundled model runs as it is.
 """
 import importlib
 import itertools
@@ -15,18 +15,19 @@ import av
 import jsonschema
 import pytest
 import torch
-from forcing_testkit import tiny
+from forcing_testkit import micro, tiny
 from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]
 FOLDER = PACK / "workflows"
 TOOLS = PACK / "tests" / "tools"
 # Latent frames of the finished video.
-FRAMES = {"self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 21, "causal_forcing_framewise_i2v": 21,
-          "causal_forcing_pp_2step_t2v": 21, "longlive_30s": 120, "extend_video": 42, "low_vram_fp8": 21}
+FRAMES = {"hello": 21, "self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 21, "causal_forcing_framewise_i2v": 21,
+          "causal_forcing_pp_2step_t2v": 21, "longlive_30s": 120, "extend_video": 42, "low_vram_fp8": 21,
+          "longlive_60s_prompts": 240, "multi_scene_story": 81}
 NAMES = sorted(FRAMES)
 # Decoding 30 s takes minutes on a CPU: 14 blocks are still more than the window.
-SHORTER = {"longlive_30s": (10.0, 42)}
+SHORTER = {"longlive_30s": (10.0, 42), "longlive_60s_prompts": (10.0, 42), "multi_scene_story": (10.0, 42)}
 PAGE_NODES = {"MarkdownNote"}  # drawn by the page, unknown to the server
 TITLE = 30
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -235,12 +236,19 @@ def ready_server(comfy_server, comfy_models):
 
 
 def without_encoder(prompt, seconds=None):
-    """The prompt with TestTextEncode for the 6.7 GB text encoder, at a size (and length) for tests."""
+    """The prompt with TestTextEncode for the 6.7 GB text encoder, at a size (and length) for tests; start times of prompts
+    are shortened alike."""
     out = {}
+    length, = (node["inputs"]["length"] for node in prompt.values() if node["class_type"] == "ForcingEmptyLatent")
+    share = (seconds or length) / length
     for key, node in prompt.items():
         inputs = dict(node["inputs"])
         if node["class_type"] == "CLIPLoader":
-            continue
+            node, inputs = {"class_type": "TestClip"}, {}
+        if node["class_type"] == "ForcingPromptTrack":
+            inputs["script"] = re.sub(r"^\d+", lambda found: f"{int(found[0]) * share:g}", inputs["script"], flags=re.M)
+        if node["class_type"] == "ForcingPromptSegment":
+            inputs["start"] *= share
         if node["class_type"] == "CLIPTextEncode":
             node, inputs = {"class_type": "TestTextEncode"}, {"text": inputs["text"]}
         if node["class_type"] == "ForcingEmptyLatent":
@@ -254,12 +262,31 @@ def only(prompt, kind):
     return key
 
 
-def frame_count(path):
+def frame_count(path, width=64):
     with av.open(str(path)) as video:
-        assert (video.streams.video[0].width, video.streams.video[0].average_rate) == (64, 16)
+        assert (video.streams.video[0].width, video.streams.video[0].average_rate) == (width, 16)
         return sum(1 for _ in video.decode(video=0))
 
 
+@pytest.fixture
+def bundled(require):
+    require(micro.trained(), "web tests of the bundled model: its weights are not in forcing_core/micro/weights",
+            "run 'python -m forcing_core train micro --out forcing_core/micro/weights', or check out the whole repository")
+
+
+def test_run_button_makes_the_video_of_the_bundled_model(bundled, comfy_server, comfy_page):
+    """As a newcomer does it: open from the templates list, press Run, see the video."""
+    comfy_page.open("?template=hello&source=ComfyUI-Forcing")
+    comfy_page.page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'SaveVideo')")
+    before = set(comfy_server.output.glob("forcing/hello*.mp4"))
+    comfy_page.page.get_by_test_id("queue-button").click()
+    comfy_page.page.wait_for_function(
+        "() => app.nodeOutputs[app.graph.nodes.find(node => node.type === 'SaveVideo').id]?.images?.length", timeout=120_000)
+    video, = set(comfy_server.output.glob("forcing/hello*.mp4")) - before
+    assert frame_count(video, 256) == 81
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "hello"])
 def test_makes_its_video(ready_server, comfy_page, name):
     comfy_page.load_workflow(FOLDER / f"{name}.json")
     seconds, frames = SHORTER.get(name, (None, FRAMES[name]))

@@ -1,4 +1,4 @@
-"""TestTextEncode: conditioning without the 11 GB text encoder."""
+"""TestTextEncode and TestClip: conditioning without the 11 GB text encoder."""
 import hashlib
 
 import torch
@@ -32,10 +32,30 @@ class TestTextEncode(io.ComfyNode):
         return io.NodeOutput([[encode(text), {}]])
 
 
+class Words:
+    """What text nodes use of a CLIP."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return [[encode(tokens), {}]]
+
+
+class TestClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="TestClip", category="testing", inputs=[], outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(Words())
+
+
 class TestExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TestTextEncode]
+        return [TestTextEncode, TestClip]
 
 
 async def comfy_entrypoint() -> TestExtension:
