@@ -34,6 +34,7 @@ from .host import (
 )
 
 log = logging.getLogger(__name__)
+PURE_NOISE = 0.999  # first sigma from which nothing of the latent is left; the many-step schedules begin at 0.9998
 
 
 def given_frames(latent: Tensor, mask: Tensor | None) -> int:
@@ -188,7 +189,7 @@ class _Run:
 
     def _make_noise(self, sigma: float, seed: int, clip: Tensor, latent_image, given: int) -> Noise:
         noise = _noise(self.options, seed, clip, self.shape.frames - given)
-        return noise if sigma >= 1.0 - 1e-6 else _Shifted(noise, latent_image, sigma)
+        return noise if sigma >= PURE_NOISE else _Shifted(noise, latent_image, sigma)
 
     def _warn_about_guidance(self) -> None:
         cfg = getattr(self.guider, "cfg", 1.0)
