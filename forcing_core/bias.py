@@ -9,6 +9,7 @@ Axis legend: B batch, n queries, m keys, H heads, d head_dim.
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Callable, Mapping
 
 import torch
@@ -46,9 +47,24 @@ def _weights(bias: Tensor) -> Tensor:
 def frame_bias(now: Pass, biases: Mapping[int, float], tokens: int) -> Tensor:
     """float32 [m] on the CPU: the bias of every key that `now.exchange` hands out, 0 for frames without one.
 
-    biases: source frame -> bias; tokens: of a latent frame. The usual way, in a pass of one's own:
-
-        def attend(self, layer, q, keys, values, attention):
-            return biased_attention(attention, q, keys, values, self.bias.to(q.device))
+    biases: source frame -> bias; tokens: of a latent frame. `BiasedPass` is the usual way to add it.
     """
     return torch.tensor([biases.get(frame, 0.0) for frame in now.order]).repeat_interleave(tokens)
+
+
+@dataclass
+class BiasedPass(Pass):
+    """A pass that adds a bias to the keys of some frames. biases: as in `frame_bias`; with none it is a plain pass."""
+
+    biases: Mapping[int, float]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._bias: Tensor | None = None
+
+    def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
+        if not self.biases:
+            return attention(q, keys, values)
+        if self._bias is None:
+            self._bias = frame_bias(self, self.biases, self.store.frame_tokens).to(q.device)
+        return biased_attention(attention, q, keys, values, self._bias)

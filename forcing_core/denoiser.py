@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .memory import Memory
 from .plan import Phase
+from .saved import Saved, Tree
 from .schedule import Level, x0_from_velocity
 from .wan import Ops, TextState, blended, forward
 
@@ -21,7 +22,8 @@ class Denoiser(Protocol):
     """x: [B, C, F, H, W], levels: one per frame, first: number of the first frame. Returns x0 like x, or None
     for a silent ("clean", "recache") phase. `replace_text` switches to prompt number `segment`, `blend_text` to
     (1 - weight) * a + weight * b of two prompts. `forget` empties the store; `flush` drops all but its sink and the
-    newest `last` frames; `jump` puts the block at frame `first` that many temporal positions further away."""
+    newest `last` frames; `jump` puts the block at frame `first` that many temporal positions further away. `state` is what
+    all memories hold between two blocks, `load` brings that back in a fresh denoiser."""
 
     def __call__(self, x: Tensor, levels: Sequence[Level], first: int, phase: Phase) -> Tensor | None: ...
 
@@ -34,6 +36,10 @@ class Denoiser(Protocol):
     def flush(self, last: int) -> None: ...
 
     def jump(self, first: int, distance: int) -> None: ...
+
+    def state(self) -> Tree: ...
+
+    def load(self, saved: Saved) -> None: ...
 
 
 @dataclass
@@ -99,9 +105,21 @@ class NetworkDenoiser:
         for condition in self.conditions:
             condition.memory.jump(first, distance)
 
+    def state(self) -> Tree:
+        """The memories of all conditions; not the prompt, which the rollout knows."""
+        return {str(index): condition.memory.state() for index, condition in enumerate(self.conditions)}
+
+    def load(self, saved: Saved) -> None:
+        """Go on with saved memories. Raises ForcingError for those of another network, batch or set of conditions."""
+        saved.only(map(str, range(len(self.conditions))))
+        for index, condition in enumerate(self.conditions):
+            prompt, config = condition.prompts[0], self.net.config
+            like = prompt.new_empty(prompt.shape[0], 0, config.heads, config.dim // config.heads, dtype=self.dtype)
+            condition.memory.load(saved.part(str(index)), like)
+
     @torch.no_grad()
     def _velocity(self, condition: Condition, x: Tensor, levels: Sequence[Level], first: int, phase: Phase):
         self.forwards += 1
         timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
-        memory = condition.memory.begin(first, x.shape[2], phase)
+        memory = condition.memory.begin(first, x.shape[2], phase, max(level.sigma for level in levels))
         return forward(self.net, x.to(self.dtype), timesteps, condition.text, memory, self.ops)

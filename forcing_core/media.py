@@ -23,7 +23,8 @@ CRF = 18  # x264 quality at which compression is not seen
 PAPER, INK = (250, 250, 248), (40, 40, 44)
 
 
-def _av():
+def pyav():
+    """The module av; ForcingError where PyAV is not installed."""
     try:
         import av
     except ModuleNotFoundError as error:
@@ -58,11 +59,11 @@ def write_mp4(path: str | Path, frames: Iterable[ndarray], fps: float = 16, *, c
     """
     path, frames = Path(path), iter(frames)
     first = _first(frames, path)
-    av = _av()
+    av = pyav()
     temporary = _temporary(path)
     try:
         try:
-            count = _encode(av, temporary, chain([first], frames), first.shape, _rate(fps), crf)
+            count = _encode(av, temporary, chain([first], frames), first.shape, frame_rate(fps), crf)
             os.replace(temporary, path)
         except OSError as error:
             raise _trouble(path, error) from error
@@ -82,7 +83,8 @@ def _first(frames: Iterator[ndarray], path: Path) -> ndarray:
     return first
 
 
-def _rate(fps: float) -> Fraction:
+def frame_rate(fps: float) -> Fraction:
+    """Frames a second as the fraction that a container stores; ForcingError outside of 0..1000."""
     if not 0 < fps <= 1000:
         raise ForcingError(f"A frame rate of {fps} makes no sense. Use a number between 1 and 1000; Wan has 16.")
     return Fraction(fps).limit_denominator(1001)
@@ -98,18 +100,23 @@ def _temporary(path: Path) -> Path:
     return temporary
 
 
-def _trouble(path: Path, error: OSError) -> ForcingError:
+def disk_advice(path: Path, error: OSError) -> str:
+    """What went wrong with a file and what to do about it, in two sentences."""
     fixes = {
         errno.ENOSPC: "The disk is full. Free some space or choose another place.",
         errno.EDQUOT: "The disk quota is used up. Free some space or choose another place.",
+        errno.EFBIG: "Files on this disk may not be larger. Choose another place.",
         errno.ENOENT: f"The folder {path.parent} does not exist. Make it or choose another one.",
         errno.ENOTDIR: f"{path.parent} is not a folder. Choose another place.",
         errno.EISDIR: "There is a folder of that name. Choose another name.",
         errno.EACCES: f"The folder {path.parent} may not be written to. Choose another one.",
         errno.EROFS: f"The folder {path.parent} may not be written to. Choose another one.",
     }
-    why = fixes.get(error.errno, f"{error.strerror or error}. Check the place or choose another one.")
-    return ForcingError(f"{path} was not written. {why}")
+    return fixes.get(error.errno, f"{error.strerror or error}. Check the place or choose another one.")
+
+
+def _trouble(path: Path, error: OSError) -> ForcingError:
+    return ForcingError(f"{path} was not written. {disk_advice(path, error)}")
 
 
 def _encode(av, path: Path, frames: Iterable[ndarray], shape: tuple[int, ...], rate: Fraction, crf: int) -> int:

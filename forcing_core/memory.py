@@ -3,12 +3,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from .errors import ForcingError
 from .passes import Pass
 from .plan import Call, Phase, Plan
 from .policies import Policy, build
 from .policies.base import storage_of
 from .rope import Rope
+from .saved import Saved, Tree
 from .store import PLAIN, Keys, Storage, Store, store_bytes, store_host_bytes
 
 
@@ -24,8 +27,8 @@ class Memory:
     rope: Rope
     jumps: dict[int, int] = field(default_factory=dict)  # first frame of a call -> temporal positions further away
 
-    def begin(self, first: int, frames: int, phase: Phase) -> Pass:
-        call = Call(first, frames, phase, self.store.frames)
+    def begin(self, first: int, frames: int, phase: Phase, sigma: float = 0.0) -> Pass:
+        call = Call(first, frames, phase, self.store.frames, sigma)
         make = getattr(self.policy, "make_pass", Pass)
         plan = self.policy.plan(call)
         if first in self.jumps and phase != "recache":
@@ -50,6 +53,19 @@ class Memory:
     def free(self) -> None:
         self.store.free()
 
+    def state(self) -> Tree:
+        """What a fresh memory of the same options needs to go on after the last pass."""
+        policy = self.policy.state() if hasattr(self.policy, "state") else {}
+        return {"store": self.store.state(), "policy": policy, "jumps": sorted(map(list, self.jumps.items()))}
+
+    def load(self, saved: Saved, like: Tensor) -> None:
+        """Become the memory that was saved. like: [B, 0, H, D] in the compute dtype, on the device of the run. Raises
+        ForcingError for one that does not fit."""
+        self.store.load(saved.part("store"), like)
+        if hasattr(self.policy, "load"):
+            self.policy.load(saved.part("policy"))
+        self.jumps = saved.pairs("jumps")
+
 
 def _jumped(plan: Plan, span: tuple[int, ...], distance: int) -> Plan:
     """The same plan with the call's own frames `distance` positions later."""
@@ -72,18 +88,27 @@ def can_jump(policy: Policy) -> None:
                            "video, or use the transition flush or cut.")
 
 
-def make_memory(options, frames: int, *, layers: int, grid: tuple[int, int], head_dim: int, device) -> Memory:
+def make_memory(options, frames: int, *, layers: int, grid: tuple[int, int], head_dim: int, device,
+                heads: int | None = None) -> Memory:
     """An empty memory for one condition of a video of `frames` latent frames.
 
-    options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame. Raises ForcingError for a
-    kind of store that the device cannot do.
+    options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame. heads: of the network, only
+    wanted where their positions differ. Raises ForcingError for a kind of store that the device cannot do.
     """
     policy, storage = build(options, frames), storage_of(options)
     storage.coder.check(device)
     make = getattr(policy, "make_store", Store)
     variant = {} if storage == PLAIN else {"storage": storage}
     return Memory(policy, make(layers, policy.capacity, grid[0] * grid[1], policy.keys, **variant),
-                  Rope(grid, head_dim, device))
+                  Rope(grid, head_dim, device, _bases(policy, heads)))
+
+
+def _bases(policy: Policy, heads: int | None) -> tuple[float, ...]:
+    bases = policy.bases(heads or 1) if hasattr(policy, "bases") else ()
+    if bases and heads is None:
+        raise ForcingError("Positions that differ from head to head need the number of heads. Pass heads to make_memory, or "
+                           "set jitter to 0.")
+    return bases
 
 
 def memory_bytes(policy: Policy, storage: Storage = PLAIN, **sizes: int) -> int:

@@ -47,6 +47,9 @@ class InLine:
     def use(self, t: Tensor) -> None:
         """Say that this tensor of the device takes part in copies."""
 
+    def finish(self) -> None:
+        """Wait until all copies have arrived."""
+
 
 class SideStream(InLine):
     """Copies in a CUDA stream of their own, beside the current one."""
@@ -69,6 +72,9 @@ class SideStream(InLine):
 
     def use(self, t: Tensor) -> None:
         t.record_stream(self._stream)  # so that its memory, once freed, is not handed on while a copy is under way
+
+    def finish(self) -> None:
+        self._stream.synchronize()
 
 
 STREAMS: dict[str, Callable[[torch.device], InLine]] = {"cuda": SideStream}
@@ -116,6 +122,10 @@ class Stages:
         """Bring what was written into these slots of the layer entered last home. Slots written twice are brought
         twice, in order: what is home in the end is right even if the first copy met the second write."""
         self._stream.copy(_pairs(self._now.data, home, slots), self._stream.mark())
+
+    def finish(self) -> None:
+        """Wait until all that was written is home."""
+        self._stream.finish()
 
     def _showing(self, layer: int) -> _Stage | None:
         return next((stage for stage in self._stages if stage.layer == layer), None)

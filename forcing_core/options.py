@@ -75,18 +75,29 @@ def _timestep_rule(preset: Preset) -> str:
     return "floor" if preset.solver == "unipc" else "exact" if preset.warp else "round"
 
 
-def cache_of(preset: Preset, **changes) -> Any:
-    """Options of the cache policy of a preset; `changes` (window, sink, positions ...) go before its own values.
+def settings_of(preset: Preset) -> tuple[str, ...]:
+    """Names of the settings that the cache policy of a preset has.
 
     Raises ForcingError for a preset whose policy this version does not have.
     """
     if preset.policy not in KINDS:
         raise ForcingError(f"{preset.name} cannot be run here: {POLICIES[preset.policy]}. Use self-forcing or longlive.")
-    kind, _ = KINDS[preset.policy]
-    known = {f.name for f in fields(kind)}
+    return tuple(f.name for f in fields(KINDS[preset.policy][0]))
+
+
+def cache_of(preset: Preset, **changes) -> Any:
+    """Options of the cache policy of a preset; `changes` (window, sink, positions ...) go before its own values.
+
+    Raises ForcingError for a preset whose policy this version does not have, and for changes of what it has not got.
+    """
+    known = settings_of(preset)
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise ForcingError(f"{preset.name} runs the cache policy {preset.policy!r}, which has no setting "
+                           f"{', '.join(unknown)}. Leave it out, or use one of {', '.join(known)}.")
     own = {"window": preset.window, "sink": preset.sink, "block": preset.block, "positions": preset.positions,
            **dict(preset.options)}
-    return kind(**{**{name: value for name, value in own.items() if name in known}, **changes})
+    return KINDS[preset.policy][0](**{**{name: value for name, value in own.items() if name in known}, **changes})
 
 
 def from_preset(preset: Preset, cache: Any = None) -> RolloutOptions:

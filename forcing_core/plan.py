@@ -1,4 +1,4 @@
-"""Plain data between a rollout, a policy and a pass. Everything is Python ints; frames are latent frames."""
+"""Plain data between a rollout, a policy and a pass. Numbers are Python's; frames are latent frames."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -29,13 +29,14 @@ class Call:
     first, frames: the latent frames of the call. phase: "noisy" (a denoising step), "clean" (the forward that
     leaves the final keys and values), "recache" (clean frames replayed under a new prompt).
     held: source frames the store holds now, in temporal order. A call is the first of its block exactly when
-    its frames are not held yet, so nobody needs a step number.
+    its frames are not held yet, so nobody needs a step number. sigma: noise level (0..1) of its noisiest frame.
     """
 
     first: int
     frames: int
     phase: Phase
     held: tuple[int, ...] = ()
+    sigma: float = 0.0
 
     @property
     def span(self) -> tuple[int, ...]:

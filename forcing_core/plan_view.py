@@ -116,7 +116,8 @@ def simulate(options, frames: int, *, block: int | None = None, given: int = 0, 
     gone: tuple[int, ...] = ()
     left: list[tuple[int, ...]] = []  # by eviction: a policy may keep single tokens of the last few
     last: Call | None = None
-    for call in calls(options.rollout, blocks, steps, given=given, block=size, independent_first=independent_first):
+    for call in calls(options.rollout, blocks, steps, given=given, block=size, independent_first=independent_first,
+                      window=policy.capacity):
         if call == last:  # a further step of the same block changes nothing
             continue
         last = call
@@ -127,7 +128,7 @@ def simulate(options, frames: int, *, block: int | None = None, given: int = 0, 
             lingering = left[max(0, len(left) - getattr(policy, "lingers", 0)):]
             rows.append(replace(_row(len(rows), call, plan, held, gone, sink), tokens=sum(lingering, ())))
             gone = ()
-    unit = "block" if options.rollout == "block" else "window"
+    unit = "window" if options.rollout == "rolling" else "block"
     return PlanTable(options, frames, given, policy.capacity, policy.keys, tuple(rows), unit)
 
 

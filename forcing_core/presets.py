@@ -40,8 +40,10 @@ POLICIES = {
     "sparse": "block-sparse attention is not part of this version",
     "routing": None,
     "merging": None,
+    "recency": None,
+    "recompute": None,
+    "rolling_sink": None,
     "knot": "the knot rollout is not part of this version",
-    "recompute": "recomputing the context before every block is not part of this version",
     "sliding": "the model is not a Wan 2.1 and is not supported",
 }
 
@@ -229,6 +231,11 @@ _ROWS = (
     _LONGLIVE,
     replace(_LONGLIVE, name="longlive-infinity", title="LongLive 1, relative positions", positions="relative",
             notes="The weights of longlive; positions counted inside the window, so the length is not limited."),
+    replace(_LONGLIVE, name="lol", title="LoL: LongLive 1 with jittered positions (training-free)",
+            options=(("positions", "rebased"), ("jitter", 0.8)), paper="2601.16914", code="",
+            notes="The weights of longlive; every head turns in time by a base of its own, against the collapse to the sink "
+                  "in long videos. Unverified: draws of the jitter, and that only time is jittered. Positions are absolute "
+                  "up to 1024 frames; beyond them the distance to the sink stays."),
     _ROLLING,
     Preset("reward-forcing", "Reward Forcing", policy="ema_sink", window=9, sink=3, positions="relative",
            options=(("alpha", 0.999),), weights_key=FLAT,
@@ -259,13 +266,14 @@ _ROWS = (
             policy="routing", sink=1, positions="relative", options=(("top_k", 5),), paper="2512.15702", code="",
             notes="No weights and no code are public; only its history routing is offered, on Self Forcing weights. "
                   "The original is many-step and makes single frames."),
-    Preset("krea-realtime-14b", "Krea Realtime 14B", policy="recompute", window=6, base=WAN_14B,
-           weights_key=FLAT,
+    Preset("krea-realtime-14b", "Krea Realtime 14B", policy="recompute", window=6, positions="relative", base=WAN_14B,
+           weights_key=FLAT, options=(("weight", 1.0),),
            files=(File("krea/krea-realtime-video", "krea-realtime-video-14b.safetensors", 28_580_000_000),),
            licence="unclear: Apache-2.0 or CC BY-NC-SA", restrictions=VERIFY + "its statements conflict",
            code="krea-ai/realtime-video", training_frames=None,
-           notes="Self Forcing on the 14B model; the context is recomputed before every block. Steps and shift from "
-                 "its server configuration. Unverified: container, and the window (3 cached frames + 3 new ones)."),
+           notes="Self Forcing on the 14B model; the context (the first frame and the newest two) is recomputed before "
+                 "every block. Steps, shift and window from its server, whose default is 6 steps where 4 are advised for "
+                 "speed, and which encodes its oldest picture anew in place of the first frame. Unverified: container."),
     Preset("knot-forcing", "Knot Forcing", policy="knot", positions="relative", weights_key=FLAT,
            options=(("knot", 1),), licence="none: nothing was published", paper="2512.21734", training_frames=None,
            notes="No weights and no code are public. Unverified: steps, window and start of the running-ahead "
@@ -274,6 +282,15 @@ _ROWS = (
             options=(("tau", 0.9),), paper="2602.01801", code="",
             notes="Merges cached tokens, for long unbounded histories; no gain on 5 s clips. Runs on any weights of "
                   "the family (the paper used Rolling Forcing); Self Forcing weights stand here."),
+    replace(_ON_SELF_FORCING, name="recency-forcing", title="Recency Forcing (training-free)", policy="recency",
+            window=21, sink=3, positions="relative", options=(("recent", 3), ("beta", 12.0), ("gamma", 0.1)),
+            paper="2609.19729", code="",
+            notes="Runs on Self Forcing weights. Old frames count less, most of all at the noisiest step. Unverified: the "
+                  "bias of the clean pass, taken from the last step."),
+    replace(_ON_SELF_FORCING, name="rolling-sink", title="Rolling Sink (training-free)", policy="rolling_sink", window=21,
+            paper="2602.07775", code="haodong2000/RollingSink",
+            notes="Runs on Self Forcing weights; also meant for Causal Forcing. The beginning of the video comes back in the "
+                  "memory for ever. Published up to 8192 frames; no limit here."),
     Preset("live", "LIVE (RealEstate10K)", policy="sliding", block=1, window=32, positions="relative", steps=(),
            solver="dpm", step_count=18, shift=3.0, base="LIVE DiT 774M", weights_key=FLAT,
            files=(File("junchaoh-cs/LIVE-Re10K", "", 10_400_000_000),),

@@ -8,7 +8,7 @@ Positions in the compute dtype would be wrong above 256 frames in bfloat16.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def angles(positions: Sequence[float], dim: int) -> Tensor:
-    """float64 [len(positions), dim // 2]: pair i of an axis turns by position * 10000^(-2i / dim)."""
+def angles(positions: Sequence[float], dim: int, base: float = THETA) -> Tensor:
+    """float64 [len(positions), dim // 2]: pair i of an axis turns by position * base^(-2i / dim)."""
     scale = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    return torch.outer(torch.tensor(list(positions), dtype=torch.float64), 1.0 / THETA ** scale)
+    return torch.outer(torch.tensor(list(positions), dtype=torch.float64), 1.0 / base ** scale)
 
 
 def _matrices(angle: Tensor) -> Tensor:
@@ -36,16 +36,31 @@ def _matrices(angle: Tensor) -> Tensor:
     return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).float()
 
 
+class HeadTable(NamedTuple):
+    """Rotations of whole frames that differ from head to head in time, and are the same in space; kept apart, since
+    together they would be as large as the keys. time: float32 [frames, 1, H, p_time, 2, 2]; space: [s, 1, p_space, 2, 2]."""
+
+    time: Tensor
+    space: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        sizes = [2 * part.shape[-3] for part in self]
+        parts = x.unflatten(1, (len(self.time), -1)).split(sizes, dim=-1)
+        return torch.cat([_turned(part, by) for part, by in zip(parts, self)], dim=-1).flatten(1, 2)
+
+
 @dataclass
 class Rope:
     """Rotation tables for one grid of tokens.
 
-    grid: (rows, columns) of tokens in a latent frame; head_dim: real dimensions of a head.
+    grid: (rows, columns) of tokens in a latent frame; head_dim: real dimensions of a head. bases: of the angles in time,
+    one for every head; none: 10000 for all of them.
     """
 
     grid: tuple[int, int]
     head_dim: int
     device: torch.device | str = "cpu"
+    bases: tuple[float, ...] = ()
     _space: Tensor = field(init=False, repr=False)
     _recent: dict[tuple, Tensor] = field(init=False, repr=False, default_factory=dict)
 
@@ -56,8 +71,8 @@ class Rope:
         w = _matrices(angles(range(columns), dim_w))[None].expand(rows, -1, -1, -1, -1)
         self._space = torch.cat([h, w], dim=2).flatten(0, 1).to(self.device)
 
-    def table(self, positions: Sequence[float]) -> Tensor:
-        """float32 [1, frames*s, 1, p, 2, 2] for whole frames at these temporal positions.
+    def table(self, positions: Sequence[float]) -> Tensor | HeadTable:
+        """float32 [1, frames*s, 1, p, 2, 2] for whole frames at these temporal positions, or a `HeadTable`.
 
         The last few are kept: every layer of a pass asks for the same ones, and so do the passes of a block.
         """
@@ -79,7 +94,11 @@ class Rope:
     def _time(self, positions: Sequence[float]) -> Tensor:
         return _matrices(angles(positions, axis_dims(self.head_dim)[0])).to(self.device)
 
-    def _build(self, positions: Sequence[float]) -> Tensor:
+    def _build(self, positions: Sequence[float]) -> Tensor | HeadTable:
+        if self.bases:
+            dim = axis_dims(self.head_dim)[0]
+            each = torch.stack([angles(positions, dim, base) for base in self.bases], dim=1)
+            return HeadTable(_matrices(each)[:, None].to(self.device), self._space[:, None])
         time = self._time(positions)
         frames, tokens = time.shape[0], self._space.shape[0]
         time = time[:, None].expand(-1, tokens, -1, -1, -1)
@@ -87,8 +106,13 @@ class Rope:
         return torch.cat([time, space], dim=2).flatten(0, 1)[None, :, None]
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent pairs of x [B, n, heads, head_dim] by `table` [1, n, 1, p, 2, 2]; math in float32."""
+def rotate(x: Tensor, table: Tensor | HeadTable) -> Tensor:
+    """Turn adjacent pairs of x [B, n, heads, head_dim] by `table` [1, n, 1, p, 2, 2] or a `HeadTable` of the same frames;
+    math in float32."""
+    return table.rotate(x) if isinstance(table, HeadTable) else _turned(x, table)
+
+
+def _turned(x: Tensor, table: Tensor) -> Tensor:
     pairs = x.to(table.dtype).reshape(*x.shape[:-1], -1, 1, 2)
     out = table[..., 0] * pairs[..., 0]
     out.addcmul_(table[..., 1], pairs[..., 1])

@@ -43,7 +43,8 @@ def make_denoiser(net: WanModel, options: Any, frames: int, size: tuple[int, int
 
     def condition(prompt: Tensor) -> Condition:
         return Condition([prompt], make_memory(options, frames, layers=net.config.layers, grid=grid,
-                                               head_dim=net.config.dim // net.config.heads, device=prompt.device))
+                                               head_dim=net.config.dim // net.config.heads, heads=net.config.heads,
+                                               device=prompt.device))
 
     return NetworkDenoiser(net, [condition(prompt) for prompt in prompts], guidance, dtype=prompts[0].dtype)
 
@@ -62,9 +63,12 @@ def preset_rollout(preset: Preset, denoiser: Denoiser, frames: int, noise: Noise
                    **more: Any) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) of `frames` new latent frames, run as the preset's authors do it.
 
-    more: further settings of the rollout, such as switches.
+    more: further settings of the rollout, such as switches, or the `window` of a memory that is not the preset's own
+    to a rollout that recomputes it.
     """
-    run = ROLLOUTS[KINDS[preset.policy][0].rollout]
+    order = KINDS[preset.policy][0].rollout
+    more = {"window": preset.window, **more} if order == "recompute" else more
+    run = ROLLOUTS[order]
     return run(denoiser, blocks_of(preset, frames), levels_of(preset), noise, first_levels=first_levels_of(preset),
                block=preset.block, independent_first=preset.independent_first, context_timestep=preset.context_timestep,
                solver=SOLVERS[preset.solver], **more)

@@ -31,6 +31,7 @@ from .errors import ForcingError
 from .offload import STAGES, Stages, pinned
 from .plan import Plan
 from .rope import Rope, rotate
+from .saved import LARGEST, OTHER_LENGTH, Saved, Tree
 
 
 class Keys(Enum):
@@ -263,6 +264,36 @@ class Store:
         """After the last layer: remember at which position every read frame's rotated key now stands."""
         self.positions.update(zip(plan.read, plan.positions))
 
+    def state(self) -> Tree:
+        """What a fresh store of the same sizes needs to go on: all slots that ever held a frame."""
+        if self._stages is not None:
+            self._stages.finish()
+        tree = {"kind": self._kind, "used": self._used, "slots": sorted(map(list, self.slots.items())),
+                "positions": sorted(map(list, self.positions.items()))}
+        for layer, data in enumerate(self._data):
+            if data is not None:
+                tree[f"layer {layer}"] = {str(i): t[:, :self._used] for i, t in enumerate(data.tensors())}
+        return tree | ({"newest": self.newest.state()} if self.newest else {})
+
+    def load(self, saved: Saved, like: Tensor) -> None:
+        """Become the store that was saved. like: [B, 0, H, D] in the compute dtype, on the device of the run."""
+        saved.same("kind", self._kind, OTHER_LENGTH)
+        self._used = saved.integer("used", 0, self.capacity + 1)
+        self.slots = saved.pairs("slots", high=self._used)
+        self.positions = saved.pairs("positions", -LARGEST, empty=True)
+        if len({*self.slots.values()}) < len(self.slots) or {*self.positions} - {*self.slots}:
+            raise ForcingError("The frames of the snapshot contradict each other. Take an earlier or another snapshot.")
+        for layer in range(self.layers if self._used else 0):
+            self._reserve(layer, like)
+            for i, t in enumerate(self._data[layer].tensors()):
+                saved.part(f"layer {layer}").fill(str(i), t[:, :self._used])
+        if self.newest:
+            self.newest.load(saved.part("newest"), like)
+
+    @property
+    def _kind(self) -> list:
+        return [type(self).__name__, self.keys.value]
+
     def _runs(self, frames: tuple[int, ...]):
         """(start, stop, slot): stretches of `frames` that lie in neighbouring slots."""
         start = 0
@@ -273,6 +304,10 @@ class Store:
 
     def _layer(self, layer: int, like: Tensor) -> _Layer:
         """The buffers of a layer, allocated at their first use."""
+        self._reserve(layer, like)
+        return self._at(layer)
+
+    def _reserve(self, layer: int, like: Tensor) -> None:
         if self._data[layer] is None:
             batch, _, heads, head_dim = like.shape
             make = partial(self._make, (batch, self.capacity, self.frame_tokens, heads, head_dim), like.dtype)
@@ -280,7 +315,6 @@ class Store:
             self._data[layer] = make(pinned(like.device) if self.storage.offload else here)
             if self.storage.offload and self._stages is None:
                 self._stages = Stages(like.device, partial(make, here))
-        return self._at(layer)
 
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype, empty: Empty) -> _Layer:
         buffer = lambda: self._codec.make(shape, dtype, empty)  # noqa: E731

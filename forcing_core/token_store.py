@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import ForcingError
 from .plan import Plan
 from .rope import Rope, rotate
+from .saved import LARGEST, OTHER_LENGTH, Saved, Tree
 from .store import Keys
 
 FRAME, CELL, TIMES = range(3)  # rows of `_Layer.marks`
@@ -57,7 +58,11 @@ class _Layer:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for t in (self.v, self.raw, self.roped, self.marks, self.queries) if t is not None)
+        return (*self.buffers, self.marks, self.queries)
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.v, self.raw, self.roped) if t is not None)
 
 
 def token_store_bytes(choice: Choice, *, layers: int, capacity: int, frame_tokens: int, dim: int, batch: int,
@@ -107,6 +112,43 @@ class TokenStore:
         """Forget everything and drop the buffers."""
         self._data = [None] * self.layers
         self.clear()
+
+    def state(self) -> Tree:
+        """As of `store.Store`."""
+        tree = {"kind": [type(self).__name__, self.keys.value], "frames": list(self.frames),
+                "positions": sorted(map(list, self.positions.items())), "over": self._stand.over, "behind": self._stand.first}
+        for layer, data in enumerate(self._data):
+            if data is not None:
+                stop = data.chosen + len(self.frames) * self.frame_tokens
+                tree[f"layer {layer}"] = {"chosen": data.chosen, "marks": data.marks[:, :, :data.chosen],
+                                          "queries": data.queries,
+                                          **{str(i): t[:, :stop] for i, t in enumerate(data.buffers)}}
+        return tree
+
+    def load(self, saved: Saved, like: Tensor) -> None:
+        """As of `store.Store`."""
+        saved.same("kind", [type(self).__name__, self.keys.value], OTHER_LENGTH)
+        self.frames, self.positions = saved.frames("frames"), saved.pairs("positions", -LARGEST)
+        if len(self.frames) > self.capacity or {*self.positions} - {*self.frames}:
+            raise ForcingError("The frames of the snapshot contradict each other. Take an earlier or another snapshot.")
+        self._stand = Stand(saved.integer("over", 0, LARGEST), saved.optional("behind", -LARGEST, LARGEST))
+        for layer in range(self.layers if self.frames else 0):
+            self._load_layer(self._layer(layer, like), saved.part(f"layer {layer}"))
+
+    def _load_layer(self, data: _Layer, saved: Saved) -> None:
+        room = min(self.choice.room, self.capacity - len(self.frames))
+        most = room * self.frame_tokens if len(self.frames) > self.choice.sink else 0
+        data.chosen = saved.integer("chosen", 0, most + 1)
+        for i, t in enumerate(data.buffers):
+            saved.fill(str(i), t[:, :data.chosen + len(self.frames) * self.frame_tokens])
+        saved.fill("queries", data.queries)
+        marks, first = data.marks[:, :, :data.chosen], self.frames[:self.choice.sink]
+        saved.fill("marks", marks, 0)
+        frames, cells = marks[:, FRAME], marks[:, CELL]
+        # tables of rotations are looked up by these
+        if data.chosen and not (cells.max() < self.frame_tokens and frames.min() > first[-1]
+                                and frames.max() < self.frames[len(first)]):
+            raise ForcingError("The tokens of the snapshot contradict its frames. Take an earlier or another snapshot.")
 
     def place(self, plan: Plan) -> None:
         """Take the frames of a plan in. What it evicts, `choose` turns into tokens, layer by layer."""

@@ -10,6 +10,8 @@ from .latents import ForcingEmptyLatent, ForcingExtend, ForcingStartImage
 from .loading import ForcingLoadCheckpoint
 from .micro import ForcingMicroModel
 from .sampling import ForcingPreset, ForcingSampler, ForcingSigmas
+from .snapshot import ForcingResume, ForcingSnapshot
+from .stream import ForcingStream
 from .track import ForcingPromptSegment, ForcingPromptTrack
 
 NODES: list[type[io.ComfyNode]] = [
@@ -25,6 +27,9 @@ NODES: list[type[io.ComfyNode]] = [
     ForcingEmptyLatent,
     ForcingStartImage,
     ForcingExtend,
+    ForcingStream,
+    ForcingSnapshot,
+    ForcingResume,
     ForcingPlanView,
 ]
 

@@ -25,6 +25,9 @@ TITLES = {
     "bounded": "Context Forcing: sink, slow memory of surprising frames, fast memory of new ones",
     "routing": "Resampling Forcing: keeps everything, attends to the best matching past frames only",
     "merging": "TempCache: past tokens that say the same are merged, for very long histories",
+    "recency": "Recency Forcing: what is long ago counts less. For Self Forcing weights",
+    "recompute": "Krea Realtime: the context is computed anew before every block. Slower, drifts less",
+    "rolling_sink": "Rolling Sink: the beginning of the video comes back in place of older frames. For Self Forcing weights",
 }
 # Options that do not exist in a graph: the block size is the sampler's.
 HIDDEN = ("block",)
@@ -60,6 +63,8 @@ FIELDS = {
                                  "range that most models were trained on.", advanced=True),
     "compact": _bool("A third less memory where positions move, a little slower: keys are rotated at every read instead of "
                      "being kept rotated.", advanced=True),
+    "jitter": _float(0.0, 0.95, 0.05, "Every head counts time a little differently, so that long videos do not fall back to "
+                                      "their first frames. 0.8: LoL. 0: as trained.", advanced=True),
     "alpha": _float(0.0, 1.0, 0.001, "How slowly the sink forgets: 0.999 keeps almost everything, 0.9 follows the video."),
     "sink_dtype": _combo(["model", "float32"], "model: as published; in bf16 the sink then hardly moves. float32: as the paper "
                                                "means it."),
@@ -85,6 +90,10 @@ FIELDS = {
     "top_k": _int(0, 4096, "Past latent frames that a query may attend to, chosen by score. Fewer is faster."),
     "group": _combo(["head", "block", "token"], "Who chooses: every head, blocks of 128 queries of a head, or every query "
                                                 "(exact as in the paper, slow).", advanced=True),
+    "beta": _float(0.0, 100.0, 0.5, "How much less the oldest history counts: its logits get minus this. 0: a plain window."),
+    "gamma": _float(0.0, 10.0, 0.05, "How soon the history counts less: small for at once, doubled at every step.",
+                    advanced=True),
+    "weight": _float(0.01, 1.0, 0.01, "Share of past frames but the first one. 1: as they are. 0.3 lets errors build up less."),
     "radius": _int(0, 64, "How many rows and columns away a token may find its like.", advanced=True),
     "store": _combo(list(CODECS), "Numbers of the KV store: the model's own, or int8 / fp8 at half the memory and a small "
                                   "error.", advanced=True),

@@ -29,7 +29,9 @@ from ..forcing_core.plan import Phase
 from ..forcing_core.policies import build
 from ..forcing_core.policies.base import storage_of
 from ..forcing_core.rollout import most_frames
+from ..forcing_core.saved import Saved, Tree
 from ..forcing_core.schedule import Level
+from ..forcing_core.snapshot import fingerprint
 from ..forcing_core.wan import Ops, TextState, blended, forward
 
 log = logging.getLogger(__name__)
@@ -98,17 +100,36 @@ def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, co
 
 def count_conditions(guider) -> int:
     """Conditions that get a store of their own: every positive one, the negative ones unless cfg is 1."""
-    conds = getattr(guider, "conds", {})
+    return sum(len(conds) for conds in _remembering(guider).values())
+
+
+def _remembering(guider) -> dict[str, list]:
+    """Those conditions, by the side of guidance that they belong to."""
     always = guider.model_options.get("disable_cfg1_optimization", False)
     off = math.isclose(getattr(guider, "cfg", 1.0), 1.0) and not always
-    return sum(len(c) for name, c in conds.items() if c and not (off and name == "negative"))
+    conds = getattr(guider, "conds", {})
+    return {side: side_conds for side, side_conds in conds.items() if side_conds and not (off and side == "negative")}
+
+
+def compute_dtype(patcher) -> torch.dtype:
+    """The compute type, which is that of the store."""
+    # asked of the patcher: a compute type chosen by a node reaches the model only when it is loaded
+    manual = patcher.get_model_object("manual_cast_dtype")
+    return manual if manual is not None else patcher.model.get_dtype()
 
 
 def element_size(patcher) -> int:
-    """Bytes of a number in the compute type, which is that of the store."""
-    # asked of the patcher: a compute type chosen by a node reaches the model only when it is loaded
-    manual = patcher.get_model_object("manual_cast_dtype")
-    return mm.dtype_size(manual if manual is not None else patcher.model.get_dtype())
+    """Bytes of a number in the compute type."""
+    return mm.dtype_size(compute_dtype(patcher))
+
+
+def model_fingerprint(patcher) -> str:
+    """`snapshot.fingerprint` of the network as it was loaded from its file. LoRAs do not count: whether they are in the
+    weights now depends on the memory that is free."""
+    kept, prefix = patcher.backup, "diffusion_model."
+    weights = ((name, kept[prefix + name].weight if prefix + name in kept else weight.data)
+               for name, weight in patcher.model.diffusion_model.named_parameters())
+    return fingerprint((name, getattr(weight, "_qdata", weight)) for name, weight in weights)  # codes, if it is quantised
 
 
 def run_bytes(guider, options: RolloutOptions, latent_shape) -> int:
@@ -149,10 +170,15 @@ def _reserving(extra: int, frames: int):
         plain = inner.memory_required
         inner.memory_required = lambda *a, **k: plain(*a, **k) + extra
         try:
-            return executor(model, [*noise_shape[:2], min(noise_shape[2], frames), *noise_shape[3:]], *args, **kwargs)
+            return executor(model, [*noise_shape[:2], frames, *noise_shape[3:]], *args, **kwargs)
         finally:
             del inner.memory_required
     return wrapper
+
+
+def whole_shape(sampler, latent_shape) -> tuple[int, ...]:
+    """Latent shape of the whole video: a sampler that streams it is longer than the latents it is called with."""
+    return (*latent_shape[:2], getattr(sampler, "frames", None) or latent_shape[2], *latent_shape[3:])
 
 
 def reserve(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -161,8 +187,9 @@ def reserve(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     done = get_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY, guider.model_options, is_model_options=True)
     if options is not None and not done:  # MODEL and guider may both have brought this wrapper
         frames = most_frames(options.cache.rollout, options.block, max(1, len(sigmas) - 1))
-        frames = max(frames, _replayed(guider, options, noise.shape[2]))
-        wrapper = _reserving(run_bytes(guider, options, noise.shape), frames)
+        whole = whole_shape(sampler, noise.shape)
+        frames = min(whole[2], max(frames, _replayed(guider, options, whole[2])))
+        wrapper = _reserving(run_bytes(guider, options, whole) + getattr(sampler, "beside", 0), frames)
         add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, wrapper, guider.model_options, is_model_options=True)
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -311,6 +338,24 @@ class HostDenoiser:
         for memory in self.memories.values():
             memory.jump(first, distance)
 
+    def state(self) -> Tree:
+        """The memories of all conditions; not the prompts, which the graph knows."""
+        return {name: self.memories[key].state() for name, key in self._names().items() if key in self.memories}
+
+    def load(self, saved: Saved) -> None:
+        """Go on with saved memories, before the first call. Raises ForcingError for those of other conditions or sizes."""
+        names, shape, patcher = self._names(), self.shape, self.guider.model_patcher
+        saved.only(names)
+        like = torch.empty(shape.batch, 0, shape.heads, shape.dim // shape.heads, dtype=compute_dtype(patcher),
+                           device=patcher.load_device)
+        for name, key in names.items():
+            self._memory(key, like.device).load(saved.part(name), like)
+
+    def _names(self) -> dict:
+        """The conditions that remember by names that another run has too: their uuids are new in every run."""
+        return {f"{side} {index}": cond["uuid"] for side, conds in _remembering(self.guider).items()
+                for index, cond in enumerate(conds)}
+
     def free(self) -> None:
         """Drop every store and text cache."""
         self.memories.clear()
@@ -324,7 +369,7 @@ class HostDenoiser:
         if key not in self.memories:
             shape = self.shape
             self.memories[key] = make_memory(self.options.cache, shape.frames, layers=shape.layers, grid=shape.grid,
-                                             head_dim=shape.dim // shape.heads, device=device)
+                                             head_dim=shape.dim // shape.heads, heads=shape.heads, device=device)
         return self.memories[key]
 
     def _text(self, key, context: Tensor) -> TextState:
@@ -361,7 +406,7 @@ class HostDenoiser:
 
     def _condition(self, net, key, x: Tensor, context: Tensor, levels, first: int, phase: Phase, ops: Ops) -> Tensor:
         timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
-        memory = self._memory(key, x.device).begin(first, x.shape[2], phase)
+        memory = self._memory(key, x.device).begin(first, x.shape[2], phase, _noisiest(levels))
         velocity = forward(net, x, timesteps, self._text(key, context), memory, ops)
         return torch.zeros_like(x) if velocity is None else _shares(velocity, levels)
 

@@ -1,9 +1,10 @@
 """The SAMPLER object: a causal rollout for SamplerCustomAdvanced and every other node that takes a SAMPLER."""
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import comfy.model_management as mm
 import torch
@@ -14,12 +15,13 @@ from tqdm.auto import tqdm
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.noise import BlockNoise, CoreNoise, Noise, ReferenceNoise
 from ..forcing_core.options import RolloutOptions, blocks_of, check_sigmas, levels_from
-from ..forcing_core.plan import Block
+from ..forcing_core.plan import Block, Call
 from ..forcing_core.policies import build
 from ..forcing_core.rollout import ROLLOUTS, calls
 from ..forcing_core.rollout.transitions import check_switches, fresh_starts, replays
 from ..forcing_core.schedule import Level, renoise
 from ..forcing_core.solvers import SOLVERS
+from ..forcing_core.streaming import ENDLESS, EndlessBlocks
 from ..forcing_core.track import schedule
 from .host import (
     HostDenoiser,
@@ -31,9 +33,11 @@ from .host import (
     run_bytes,
     shape_of,
     tracks_of,
+    whole_shape,
 )
 
 log = logging.getLogger(__name__)
+CYCLE = 64  # blocks after which all cost the same forwards, whatever the window
 PURE_NOISE = 0.999  # first sigma from which nothing of the latent is left; the many-step schedules begin at 0.9998
 
 
@@ -80,11 +84,12 @@ def _noise(options: RolloutOptions, seed: int, clip: Tensor, frames: int) -> Noi
 
 
 class _Progress:
-    """True progress: one tick a forward, with the newest latents for the preview."""
+    """True progress: one tick a forward, with the newest latents for the preview. endless: `total` forwards are one
+    block, and the callback gets the progress of that."""
 
-    def __init__(self, callback, total: int, disable: bool):
-        self.callback, self.total, self.done = callback, total, 0
-        self.bar = tqdm(total=total, disable=disable, desc="Forcing", unit="forward")
+    def __init__(self, callback, total: int, disable: bool, endless: bool = False):
+        self.callback, self.total, self.done, self.endless = callback, total, 0, endless
+        self.bar = tqdm(total=None if endless else total, disable=disable, desc="Forcing", unit="forward")
         self.newest: Tensor | None = None
 
     def tick(self, x: Tensor, x0: Tensor | None, levels: Sequence[Level]) -> None:
@@ -93,8 +98,8 @@ class _Progress:
         self.bar.update(1)
         self.done += 1
         # the last forward's tick is sent by `finish` with everything, so that denoised_output is complete
-        if self.callback is not None and self.newest is not None and self.done < self.total:
-            self.callback(self.done - 1, self.newest[:, :, -1:], x, self.total)
+        if self.callback is not None and self.newest is not None and (self.endless or self.done < self.total):
+            self.callback((self.done - 1) % self.total, self.newest[:, :, -1:], x, self.total)
 
     def finish(self, latents: Tensor) -> None:
         if self.callback is not None:
@@ -118,23 +123,36 @@ class _Ticking:
 
 
 class CausalSampler(Sampler):
-    """Runs a rollout over whatever guider it is given. `rollout` holds its options (read by `host.reserve`)."""
+    """Runs a rollout over whatever guider it is given. `rollout` holds its options (read by `host.reserve`); snapshots: a
+    `snapshot.Snapshots`, or None.
 
-    def __init__(self, rollout: RolloutOptions):
-        self.rollout = rollout
+    For a subclass that streams: `frames`, latent frames of the whole video where the latents it gets are shorter
+    (ENDLESS: until interrupted), and `beside`, bytes of the device that it needs while the rollout runs.
+    """
+
+    frames: int | None = None
+    beside = 0
+
+    def __init__(self, rollout: RolloutOptions, snapshots=None):
+        self.rollout, self.snapshots = rollout, snapshots
 
     @torch.no_grad()
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False) -> Tensor:
         """Latents [B, C, F, H, W], given frames included; fewer frames if it had to stop after a finished block."""
         with exclusive(network(model_wrap.inner_model)):
-            run = _Run(self.rollout, model_wrap, sigmas, extra_args, noise, latent_image, denoise_mask)
-            return self._finish(run, _Progress(callback, run.forwards, disable_pbar))
+            run = _Run(self, model_wrap, sigmas, extra_args, noise, latent_image, denoise_mask)
+            return self._finish(run, _Progress(callback, run.forwards, disable_pbar, run.endless))
 
-    @staticmethod
-    def _finish(run: "_Run", progress: _Progress) -> Tensor:
+    def collect(self, run: "_Run", progress: _Progress) -> Tensor:
+        """What `sample` returns, of the blocks as they become final."""
+        parts = [] if run.given is None else [run.given]
+        parts += [latents for _, latents in run.finished(progress)]
+        return torch.cat(parts, dim=2)
+
+    def _finish(self, run: "_Run", progress: _Progress) -> Tensor:
         try:
-            latents = run.collect(progress)
+            latents = self.collect(run, progress)
         finally:
             run.denoiser.free()
             progress.bar.close()
@@ -143,24 +161,28 @@ class CausalSampler(Sampler):
 
 
 class _Run:
-    """One call of the sampler: checked inputs, then finished blocks collected one by one."""
+    """One call of the sampler: checked inputs, then finished blocks one by one. given: latents in the network's scale."""
 
-    def __init__(self, options: RolloutOptions, guider, sigmas, extra_args, noise, latent_image, denoise_mask):
+    def __init__(self, sampler: CausalSampler, guider, sigmas, extra_args, noise, latent_image, denoise_mask):
+        options, snapshots, whole = sampler.rollout, sampler.snapshots, whole_shape(sampler, noise.shape)
         values = [float(s) for s in sigmas]
         check_sigmas(values, options)
         base = guider.inner_model
         self.options, self.guider = options, guider
         self.levels = levels_from(values, options.timesteps)
         self.first_levels = options.first_sigmas and levels_from(options.first_sigmas, options.timesteps)
-        self.shape = shape_of(base, noise.shape)
+        self.shape = shape_of(base, whole)
+        self.endless = self.shape.frames >= ENDLESS
         refuse_partial_conditions(guider, self.shape, values[0])
         self.given = self._given(latent_image, denoise_mask, extra_args, base)
         count = 0 if self.given is None else self.given.shape[2]
-        self.blocks = blocks_of(self.shape.frames, count, options)
+        self.blocks = EndlessBlocks(options.block, count, options.independent_first) if self.endless else \
+            blocks_of(self.shape.frames, count, options)
         self.noise = self._make_noise(values[0], extra_args.get("seed") or 0, noise, latent_image, count)
         self._warn_about_guidance()
-        make_room(guider, run_bytes(guider, options, noise.shape))
+        make_room(guider, run_bytes(guider, options, whole) + sampler.beside)
         self.denoiser = HostDenoiser(guider, extra_args, options, self.shape, prompts=self._lay_tracks())
+        self.kept = snapshots.begin(self, extra_args.get("seed") or 0) if snapshots else None
 
     def _given(self, latent_image, denoise_mask, extra_args, base) -> Tensor | None:
         """Given latents: leading frames the noise mask keeps, or the start image of core's ARVideoI2V node."""
@@ -181,11 +203,18 @@ class _Run:
         """Lay the conditions' prompt tracks over the blocks: sets `switches` and `policy`, returns the embeddings of every
         condition, one for every segment."""
         options, tracks = self.options, tracks_of(self.guider)
-        laid = schedule(list(tracks.values()), self.blocks, block=options.block,
+        laid = schedule(list(tracks.values()), self._beginning(tracks.values()), block=options.block,
                         independent_first=options.independent_first)
         self.switches, self.policy = laid.switches, build(options.cache, self.shape.frames)
         check_switches(self.switches, self.policy, options.cache.rollout)
         return {key: laid.prompts(index, track) for index, (key, track) in enumerate(tracks.items())}
+
+    def _beginning(self, tracks) -> Sequence[Block]:
+        """The blocks over which tracks are laid: of an endless video those until all their changes are over."""
+        if not self.endless:
+            return self.blocks
+        last = max((s.frame + s.blocks * self.options.block for track in tracks for s in track.segments), default=0)
+        return self.blocks[:last // self.options.block + 2]
 
     def _make_noise(self, sigma: float, seed: int, clip: Tensor, latent_image, given: int) -> Noise:
         noise = _noise(self.options, seed, clip, self.shape.frames - given)
@@ -199,23 +228,31 @@ class _Run:
 
     @property
     def forwards(self) -> int:
-        """Rollout steps of the whole run: given chunks, denoising steps and clean passes."""
-        options = self.options
-        made = calls(options.cache.rollout, self.blocks, len(self.levels), first_steps=len(self.first_levels or ()),
-                     given=0 if self.given is None else self.given.shape[2], block=options.block,
-                     independent_first=options.independent_first)
-        fresh = fresh_starts(self.switches, self.blocks) * (len(self.first_levels or self.levels) - len(self.levels))
-        return sum(1 for _ in made) + fresh + replays(self.switches)
+        """Rollout steps of the whole run - given chunks, denoising steps and clean passes - or of a block, if endless."""
+        if self.endless:
+            return len(self._calls(self.blocks[:CYCLE])) - len(self._calls(self.blocks[:CYCLE - 1]))
+        made, switches = self._calls(self.blocks), self.switches
+        if self.kept:
+            made, switches = self.kept.left(made, switches)
+        fresh = fresh_starts(switches, self.blocks) * (len(self.first_levels or self.levels) - len(self.levels))
+        return len(made) + fresh + replays(switches, self.options.cache.rollout)
 
-    def collect(self, progress: _Progress) -> Tensor:
-        parts = [] if self.given is None else [self.given]
+    def _calls(self, blocks: Sequence[Block]) -> list[Call]:
+        options = self.options
+        return [*calls(options.cache.rollout, blocks, len(self.levels), first_steps=len(self.first_levels or ()),
+                       given=0 if self.given is None else self.given.shape[2], block=options.block,
+                       independent_first=options.independent_first, window=self.policy.capacity)]
+
+    def finished(self, progress: _Progress) -> Iterator[tuple[Block, Tensor]]:
+        """Yield (block, latents) as they become final. Ends early, with an error in the log, where something goes wrong
+        after a finished block and the finished ones may be kept."""
         finished = 0
         try:
             for block, latents in self._rollout(progress):
                 if not torch.isfinite(latents).all():
                     raise ForcingError(_not_finite(block))
-                parts.append(latents)
                 finished += 1
+                yield block, latents
         except (Exception, mm.InterruptProcessingException) as error:
             self.denoiser.free()  # before anything else is allocated
             explained = self._explained(error)
@@ -223,17 +260,18 @@ class _Run:
                 if explained is error:  # an error that is its own cause would keep the whole run alive
                     raise
                 raise explained from error
-            log.error("Stopped after %d of %d blocks; the finished ones are returned. %s", finished, len(self.blocks),
-                      explained)
-        return torch.cat(parts, dim=2)
+            log.error("Stopped after %d of %s blocks; the finished ones are returned. %s", finished,
+                      "endless" if self.endless else len(self.blocks), explained)
 
     def _rollout(self, progress: _Progress):
         options = self.options
-        return ROLLOUTS[options.cache.rollout](
+        rollout = functools.partial(
+            ROLLOUTS[options.cache.rollout],
             _Ticking(self.denoiser, progress), self.blocks, self.levels, self.noise, first_levels=self.first_levels,
             context=self.given, block=options.block, independent_first=options.independent_first,
             context_timestep=options.context_timestep, window=self.policy.capacity, switches=self.switches,
             solver=SOLVERS[options.solver])
+        return self.kept.blocks(rollout) if self.kept else rollout()
 
     def _may_keep(self, error: BaseException) -> bool:
         if isinstance(error, mm.InterruptProcessingException):

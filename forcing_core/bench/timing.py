@@ -21,6 +21,7 @@ import torch
 
 from ..errors import ForcingError
 from ..noise import BlockNoise
+from ..options import settings_of
 from ..presets import Preset
 from ..standalone import blocks_of, conditions, latent_size, make_denoiser, preset_rollout, window_options
 from ..wan import WanConfig, WanModel
@@ -34,7 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Case:
-    """One rollout to time: latent frames, and the window in latent frames (None is everything)."""
+    """One rollout to time: latent frames, and the window in latent frames. None is everything, or what a policy without
+    a setting of that name (bounded, merging) keeps by its other ones."""
 
     frames: int
     window: int | None
@@ -52,7 +54,10 @@ class Setup:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def options(self, case: Case):
-        return window_options(self.preset, **{**self.changes, "window": case.window})
+        changes = {**self.changes, "window": case.window}
+        if case.window is None and "window" not in settings_of(self.preset):
+            del changes["window"]
+        return window_options(self.preset, **changes)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def _timing(setup: Setup, case: Case, runs: list[tuple[list[float], int, int | N
     options = setup.options(case)
     blocks = tuple(median(times) for times in zip(*(seconds for seconds, _, _ in runs), strict=True))
     peaks = [peak for _, _, peak in runs if peak is not None]
-    return Timing(case.frames, case.window, options.sink, options.positions, len(runs),
+    return Timing(case.frames, case.window, getattr(options, "sink", 0), options.positions, len(runs),
                   median(sum(seconds) for seconds, _, _ in runs), blocks,
                   tuple(block.first for block in blocks_of(setup.preset, case.frames)), runs[0][1],
                   max(peaks, default=None))

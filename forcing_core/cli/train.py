@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bench.timing import check_device
 from ..errors import ForcingError
-from ..training import distil, dit, recipe, student, vae
+from ..training import distil, dit, recipe, robust, student, vae
 from .demo import INTERRUPTED, stop_on_interrupt
 
 HELP = "Train the small models of this repository on the world that it generates. Every stage can be resumed."
@@ -80,6 +80,8 @@ COMMANDS = {
                 (Option("dim", f"dim (default: {dit.DitSettings.dim})", positive),
                  Option("layers", f"layers (default: {dit.DitSettings.layers})", positive),
                  _steps(dit.DitSettings.steps), _batch(dit.DitSettings.batch))),
+    "resampled": ("Train the teacher on histories with its own errors (Resampling Forcing).",
+                  (_steps(robust.ResampledSettings.steps), _batch(robust.ResampledSettings.batch))),
     "consistency": ("Make a few-step student of the teacher, by consistency on true histories.",
                     (_steps(distil.ConsistencySettings.steps), _batch(distil.ConsistencySettings.batch))),
     "student": ("Train the few-step student on its own rollouts (Self Forcing).", _student(student.StudentSettings)),

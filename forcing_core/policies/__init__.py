@@ -16,7 +16,10 @@ from .deep_compress import DeepCompress, DeepCompressOptions
 from .deep_sink import DeepSink, DeepSinkOptions
 from .ema_sink import EmaSink, EmaSinkOptions
 from .merging import Merging, MergingOptions
+from .recency import Recency, RecencyOptions
+from .recompute import Recompute, RecomputeOptions
 from .rolling import Rolling, RollingOptions
+from .rolling_sink import RollingSink, RollingSinkOptions
 from .routing import Routing, RoutingOptions
 from .window import Window, WindowOptions
 
@@ -46,6 +49,9 @@ KINDS: dict[str, tuple[type, Callable[..., Policy]]] = {
     "bounded": (BoundedOptions, Bounded),
     "routing": (RoutingOptions, Routing),
     "merging": (MergingOptions, Merging),
+    "recency": (RecencyOptions, Recency),
+    "recompute": (RecomputeOptions, Recompute),
+    "rolling_sink": (RollingSinkOptions, RollingSink),
 }
 
 

@@ -26,6 +26,7 @@ from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import Rope, rotate
+from ..saved import Saved, Tree
 from ..store import Keys, Store, store_bytes
 from .base import CacheOptions
 from .window import Window, WindowOptions
@@ -125,6 +126,24 @@ class BoundedStore(Store):
         super().clear()
         self.promoted.clear()
         self.keyframes.clear()
+
+    def state(self) -> Tree:
+        tree = super().state()
+        for layer in range(self.layers):
+            part = {str(sample): list(frames) for (at, sample), frames in self.promoted.items() if at == layer}
+            tree[f"slow {layer}"] = part | ({"keyframe": self.keyframes[layer]} if layer in self.keyframes else {})
+        return tree
+
+    def load(self, saved: Saved, like: Tensor) -> None:
+        super().load(saved, like)
+        batch, _, heads, head_dim = like.shape
+        for layer in range(self.layers):
+            part = saved.part(f"slow {layer}")
+            for sample in filter(lambda sample: str(sample) in part, range(batch)):
+                self.promoted[layer, sample] = part.frames(str(sample), most=self.slow)
+            if "keyframe" in part:
+                self.keyframes[layer] = like.new_empty(batch, heads * head_dim, dtype=torch.float32)
+                part.fill("keyframe", self.keyframes[layer])
 
     def renew(self, frames: tuple[int, ...]) -> None:
         """These frames are about to be written again (recache): if one of them has a slow place, all slow places get

@@ -20,6 +20,7 @@ from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import TABLE_ROWS, Rope, rotate
+from ..saved import LARGEST, Saved, Tree
 from ..store import Keys, Store, store_bytes
 from ..token_store import Choice, Stand, TokenStore, token_store_bytes
 from .base import CacheOptions
@@ -132,6 +133,12 @@ class DeepCompress:
         if not self._compresses:
             return Store(layers, capacity, frame_tokens, keys)
         return TokenStore(layers, capacity, frame_tokens, keys, self._choice)
+
+    def state(self) -> Tree:
+        return {"sink_at": self._sink_at}
+
+    def load(self, saved: Saved) -> None:
+        self._sink_at = saved.integer("sink_at", -LARGEST, LARGEST)
 
     def store_bytes(self, **sizes: int) -> int:
         """As `store.store_bytes`, with the records of chosen tokens and of queries."""

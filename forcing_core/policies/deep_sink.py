@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from ..errors import ForcingError
 from ..plan import Call, Plan
 from ..rope import TABLE_ROWS
+from ..saved import LARGEST, Saved, Tree
 from .base import CacheOptions
 from .window import Window, WindowOptions
 
@@ -102,10 +103,17 @@ class DeepSink:
             self._shift = call.first - self._base
         over, shift = rebased(call, self.options.limit), self._shift
         sink, rest = plan.read[:self.options.sink], plan.read[self.options.sink:]
-        if sink and rest and not self.options.hole:
-            shift = rest[0] - sink[-1] - 1
+        if sink and rest:  # a short last block moves the rest by less than its start: never past that
+            touching = rest[0] - sink[-1] - 1
+            shift = min(shift, touching) if self.options.hole else touching
         positions = tuple(f + shift for f in sink) + rest
         return replace(plan, positions=tuple(p - over for p in positions), query=tuple(f - over for f in call.span))
+
+    def state(self) -> Tree:
+        return {"base": self._base, "shift": self._shift}
+
+    def load(self, saved: Saved) -> None:
+        self._base, self._shift = saved.optional("base", 0, LARGEST), saved.integer("shift", 0, LARGEST)
 
     def flushed(self, held: tuple[int, ...], last: int) -> tuple[int, ...]:
         """What a flush leaves of the held frames: the sink and the newest `last`."""

@@ -22,6 +22,7 @@ from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import Rope
+from ..saved import Saved, Tree
 from ..store import Keys, Store, store_bytes
 from .base import CacheOptions
 from .deep_sink import bounded
@@ -136,17 +137,39 @@ class EmaStore(Store):
 
     def write(self, layer: int, frames: tuple[int, ...], raw: Tensor, roped: Tensor, v: Tensor) -> None:
         super().write(layer, frames, raw, roped, v)
-        if not self.precise or (raw.element_size() >= 4 and self._codec.exact):
+        if not self._rounds(raw):
             return
         sink = self.frames[:self.sink]
         if self._copies[layer] is None:
-            shape = (2, raw.shape[0], self.sink, self.frame_tokens, *raw.shape[2:])
-            self._copies[layer] = torch.empty(shape, dtype=torch.float32, device=raw.device)
+            self._copies[layer] = self._empty_copies(raw)
         for new, kept in zip((raw, v), self._copies[layer]):
             parts = new.unflatten(1, (-1, self.frame_tokens))
             for i, frame in enumerate(frames):
                 if frame in sink:
                     kept[:, sink.index(frame)] = parts[:, i]
+
+    def _rounds(self, like: Tensor) -> bool:
+        """Whether copies are kept beside buffers for such tensors."""
+        return self.precise and (like.element_size() < 4 or not self._codec.exact)
+
+    def _empty_copies(self, like: Tensor) -> Tensor:
+        shape = (2, like.shape[0], self.sink, self.frame_tokens, *like.shape[2:])
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+    @property
+    def _kind(self) -> list:
+        return [*super()._kind, self.precise]
+
+    def state(self) -> Tree:
+        filled = min(self.sink, len(self.frames))
+        return super().state() | {f"sink {layer}": {"copies": copies[:, :, :filled]}
+                                  for layer, copies in enumerate(self._copies) if copies is not None}
+
+    def load(self, saved: Saved, like: Tensor) -> None:
+        super().load(saved, like)
+        for layer in range(self.layers if self.slots and self._rounds(like) else 0):
+            self._copies[layer] = self._empty_copies(like)
+            saved.part(f"sink {layer}").fill("copies", self._copies[layer][:, :, :min(self.sink, len(self.frames))])
 
     def blend(self, layer: int, slot: int, frame: int, alpha: float) -> None:
         """frame <- alpha * frame + (1 - alpha) * what lies in `slot`, for raw keys and values of one layer."""

@@ -26,6 +26,7 @@ from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import TABLE_ROWS, Rope, rotate
+from ..saved import Saved, Tree
 from ..store import Keys, Store, store_bytes
 from .base import CacheOptions
 from .window import Window, WindowOptions
@@ -180,6 +181,19 @@ class Groups:
         self.last[sample, group] = frame
         self.cells[sample, group] = token
 
+    def state(self) -> Tree:
+        most = max(self.used)
+        return {"used": list(self.used), **{str(i): t[:, :most] for i, t in enumerate(self.tensors)}}
+
+    def load(self, saved: Saved, cells: int) -> None:
+        """cells: tokens of a frame."""
+        used = saved.integers("used", 0, self.members.shape[1] + 1)
+        if len(used) != len(self.used):
+            raise ForcingError("The groups of the snapshot are those of another batch. Take the latent of the first run.")
+        self.used = list(used)
+        for i, t in enumerate(self.tensors):  # the cells, by which tables of rotations are looked up, are the last
+            saved.fill(str(i), t[:, :max(used)], *((0, cells - 1) if t is self.cells else (0,) if t is self.last else ()))
+
     def read(self, shift: int, lowest: int, rows: int, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """(rotated keys, mean values [B, n, H, D], log of the members [B, n]) of as many groups as the fullest sample
         has. A group stands at its last frame - shift, but not below `lowest`; all positions are below `rows`. The other
@@ -220,6 +234,16 @@ class MergedStore(Store):
     def free(self) -> None:
         super().free()
         self.groups.clear()
+
+    def state(self) -> Tree:
+        return super().state() | {f"groups {layer}": groups.state() for layer, groups in self.groups.items()}
+
+    def load(self, saved: Saved, like: Tensor) -> None:
+        super().load(saved, like)
+        for layer in range(self.layers):
+            if f"groups {layer}" in saved:
+                self.groups[layer] = Groups.empty(self.size, like)
+                self.groups[layer].load(saved.part(f"groups {layer}"), self.frame_tokens)
 
     def merge(self, layer: int, frame: int, slot: int, options: MergingOptions, columns: int) -> None:
         """Merge what lies in this slot."""

@@ -25,6 +25,7 @@ from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import Rope, rotate
+from ..saved import Saved, Tree
 from ..store import Keys, Store, store_bytes
 from .base import CacheOptions
 from .window import Window, WindowOptions
@@ -120,8 +121,20 @@ class RoutedStore(Store):
     def write(self, layer: int, frames: tuple[int, ...], raw: Tensor, roped: Tensor, v: Tensor) -> None:
         super().write(layer, frames, raw, roped, v)
         if layer not in self.means:
-            batch, _, heads, head_dim = raw.shape
-            self.means[layer] = raw.new_zeros(batch, self.capacity, heads, head_dim, dtype=torch.float32)
+            self.means[layer] = self._no_means(raw)
+
+    def _no_means(self, like: Tensor) -> Tensor:
+        batch, _, heads, head_dim = like.shape
+        return like.new_zeros(batch, self.capacity, heads, head_dim, dtype=torch.float32)
+
+    def state(self) -> Tree:
+        return super().state() | {f"means {layer}": {"all": means[:, :self._used]} for layer, means in self.means.items()}
+
+    def load(self, saved: Saved, like: Tensor) -> None:
+        super().load(saved, like)
+        for layer in range(self.layers if self._used else 0):
+            self.means[layer] = self._no_means(like)
+            saved.part(f"means {layer}").fill("all", self.means[layer][:, :self._used])
 
     def describe(self, layer: int, frames: tuple[int, ...], raw: Tensor) -> None:
         """Note what these written frames are about; raw keys [B, len(frames) * tokens, H, D]."""

@@ -1,17 +1,22 @@
 """A window of W latent frames, the first S of them a sink that is never evicted.
 
 Sources: Self Forcing (arXiv 2506.08009; W, S = 0), LongLive (2509.22622; W 12, S 3, and its "infinity"
-variant with block-relative positions), Infinity-RoPE (2511.20649).
+variant with block-relative positions), Infinity-RoPE (2511.20649), LoL (2601.16914; jitter 0.8 over a window of 12
+with a sink of 3; here in time only, with a draw of our own: neither its seed nor its axes are published in words).
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..errors import ForcingError
 from ..plan import Call, Plan
-from ..rope import TABLE_ROWS
+from ..rope import TABLE_ROWS, THETA
 from ..store import Keys
 from .base import CacheOptions
+
+JITTER_SEED = 0  # the published one is not known
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,9 @@ class WindowOptions(CacheOptions):
     limit: first temporal position that may not be used; 1024 is the published table, smaller values bound
     the distance between sink and query to what the model was trained on.
     compact: keep only raw keys where positions move (a third less memory, rotated at every read; int8 and fp8
-    stores always do). store, offload, dense: as in `CacheOptions`.
+    stores always do). jitter: every head turns in time by a base of its own, 10000 * (1 - jitter .. 1 + jitter), so
+    that the heads do not all find the sink again at the same distance; 0 is the trained base. store, offload, dense:
+    as in `CacheOptions`.
     """
 
     window: int | None = None
@@ -32,9 +39,13 @@ class WindowOptions(CacheOptions):
     positions: str = "absolute"
     limit: int = TABLE_ROWS
     compact: bool = False
+    jitter: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.jitter < 1:
+            raise ForcingError(f"jitter = {self.jitter} makes no sense: it is a share of the base of the positions. Use at "
+                               "least 0 and less than 1, 0.8 as published.")
         if self.positions not in POSITIONS:
             raise ForcingError(f"positions = {self.positions!r} is not known. Use one of {', '.join(POSITIONS)}.")
         if self.sink < 0 or self.block < 1 or (self.window is not None and self.window < 1):
@@ -111,6 +122,14 @@ class Window:
         write = tuple(f for f in call.span if f in read and f not in locked)
         positions, query = self._place(read, call.span, self.options)
         return Plan(evict, write, read, positions, query)
+
+    def bases(self, heads: int) -> tuple[float, ...]:
+        """Bases of the angles in time, one for each of so many heads; none where all have the trained one. The same in
+        every run."""
+        if not self.options.jitter:
+            return ()
+        drawn = torch.rand(heads, generator=torch.Generator().manual_seed(JITTER_SEED), dtype=torch.float64)
+        return tuple((THETA * (1 + self.options.jitter * (2 * drawn - 1))).tolist())
 
     def flushed(self, held: tuple[int, ...], last: int) -> tuple[int, ...]:
         """What a flush leaves of the held frames: the sink and the newest `last`."""

@@ -1,13 +1,17 @@
 """Rollouts: generators of finished latent blocks. They know a denoiser and nothing of networks or hosts."""
 from .block import block_rollout
 from .calls import calls, most_frames
+from .recompute import recompute_rollout
 from .rolling import rolling_rollout
+from .state import RolloutState
 from .transitions import Switch, recache
 
 # name -> rollout(denoiser, blocks, levels, noise, **settings of block_rollout); options of a policy name theirs
 ROLLOUTS = {
     "block": block_rollout,
     "rolling": rolling_rollout,
+    "recompute": recompute_rollout,
 }
 
-__all__ = ["ROLLOUTS", "Switch", "block_rollout", "calls", "most_frames", "recache", "rolling_rollout"]
+__all__ = ["ROLLOUTS", "RolloutState", "Switch", "block_rollout", "calls", "most_frames", "recache", "recompute_rollout",
+           "rolling_rollout"]

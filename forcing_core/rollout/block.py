@@ -15,7 +15,8 @@ from ..noise import Noise
 from ..plan import Block, context_chunks
 from ..schedule import CLEAN, Level, clean
 from ..solvers import consistency
-from .transitions import FRESH, History, Switch, switch_prompt
+from .state import RolloutState
+from .transitions import FRESH, History, Switch, passed, switch_prompt, take_up
 
 Solver = Callable[..., Tensor]
 
@@ -23,7 +24,8 @@ Solver = Callable[..., Tensor]
 def block_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequence[Level], noise: Noise, *,
                   first_levels: Sequence[Level] | None = None, context: Tensor | None = None, block: int = 3,
                   independent_first: bool = False, context_timestep: float = 0.0, window: int | None = None,
-                  switches: Sequence[Switch] = (), solver: Solver = consistency) -> Iterator[tuple[Block, Tensor]]:
+                  switches: Sequence[Switch] = (), solver: Solver = consistency,
+                  resume: RolloutState | None = None) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) as each block becomes final.
 
     levels: of every block; first_levels: of the first generated block, and of the first one after a cut
@@ -31,30 +33,33 @@ def block_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequence[
     latents [B, C, M, H, W], written by clean passes at timestep 0 in chunks of `block` before the first
     block. context_timestep: timestep of the clean passes (no noise is added). window: latents kept for a
     recache; None keeps all of them where there are switches. A block's clean pass runs when the next block
-    is asked for, so the last one never runs.
+    is asked for, so the last one never runs. resume: where to go on, kept up to date; an empty one begins.
     """
-    history = History(window) if switches else None
-    if context is not None:
+    state = resume or RolloutState()
+    history = state.remember(window) if switches or resume is not None else None
+    if context is not None and state.done is None:
         for first, frames in context_chunks(context.shape[2], block, independent_first):
             chunk = context[:, :, first:first + frames]
             denoiser(chunk, (CLEAN,) * frames, first, "clean")
             _remember(history, chunk)
     pending = deque(sorted(switches, key=lambda s: s.at))
-    done: tuple[Block, Tensor] | None = None
-    for current in blocks:
-        if done is not None:
-            _clean_pass(denoiser, *done, context_timestep)
-            _remember(history, done[1])
-        due = [pending.popleft() for _ in list(pending) if pending[0].at <= current.first]
+    if state.done is not None:
+        take_up(denoiser, pending, state.done[0].first)
+    for current in state.left(blocks):
+        if state.done is not None:
+            _clean_pass(denoiser, *state.done, context_timestep)
+            _remember(history, state.done[1])
+        due = passed(pending, current.first)
         if due:
             switch_prompt(denoiser, due[-1], current.first, history, context_timestep)
         fresh = current.index == 0 or bool(due) and due[-1].transition in FRESH
         chosen = first_levels if first_levels and fresh else levels
-        done = current, _denoise(denoiser, current, chosen, noise, solver)
-        yield done
+        state.done = current, denoise(denoiser, current, chosen, noise, solver)
+        yield state.done
 
 
-def _denoise(denoiser: Denoiser, block: Block, levels: Sequence[Level], noise: Noise, solver: Solver) -> Tensor:
+def denoise(denoiser: Denoiser, block: Block, levels: Sequence[Level], noise: Noise, solver: Solver) -> Tensor:
+    """x0 [B, C, n, H, W] of a block, from its noise through all levels."""
     def predict(x: Tensor, level: Level) -> Tensor:
         return denoiser(x, (level,) * block.frames, block.first, "noisy")
 

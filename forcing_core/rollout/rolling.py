@@ -22,14 +22,16 @@ from ..plan import Block, context_chunks
 from ..schedule import CLEAN, Level, clean, renoise
 from ..solvers import consistency
 from .block import Solver
-from .transitions import Switch, check_switches
-from .windows import windows
+from .state import RolloutState
+from .transitions import Switch, check_switches, passed, take_up
+from .windows import Window, each_window
 
 
 def rolling_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequence[Level], noise: Noise, *,
                     first_levels: Sequence[Level] | None = None, context: Tensor | None = None, block: int = 3,
                     independent_first: bool = False, context_timestep: float = 0.0, window: int | None = None,
-                    switches: Sequence[Switch] = (), solver: Solver = consistency) -> Iterator[tuple[Block, Tensor]]:
+                    switches: Sequence[Switch] = (), solver: Solver = consistency,
+                    resume: RolloutState | None = None) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) as each block becomes final, after its pass through all `levels`.
 
     context, context_timestep, switches: as in `block_rollout`. `noise` is asked for nothing that is not used. A
@@ -37,19 +39,24 @@ def rolling_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequenc
     blocks in work then, one less than there are steps, are finished under the new prompt. `window` is not used.
     A block's clean pass runs when the next one is asked for, so the last one never runs. Raises ForcingError for
     levels of the first block only, other solvers, and transitions other than "keep" (which also renew no sink).
+    resume: as in `block_rollout`.
     """
     _check(first_levels, switches, solver)
-    blocks = tuple(blocks)
-    if context is not None:
+    blocks = blocks if isinstance(blocks, Sequence) else tuple(blocks)  # of an endless video they are never laid out
+    state = resume or RolloutState()
+    if context is not None and state.done is None:
         for first, frames in context_chunks(context.shape[2], block, independent_first):
             denoiser(context[:, :, first:first + frames], (CLEAN,) * frames, first, "clean")
     pending = deque(sorted(switches, key=lambda s: s.at))
-    in_work: dict[Block, Tensor] = {}
-    done: tuple[Block, Tensor] | None = None
-    for step in windows(len(blocks), len(levels)):
+    in_work, ahead = state.in_work, each_window(len(blocks), len(levels))
+    if state.done is not None:
+        ahead = _left(state, blocks, len(levels))
+        take_up(denoiser, pending, max(block.first for block in (state.done[0], *in_work)))
+    for step in ahead:
         inside = blocks[step.start:step.end]
-        if done is not None:
-            denoiser(done[1], (clean(context_timestep),) * done[0].frames, done[0].first, "clean")
+        if state.done is not None:
+            done, latents = state.done
+            denoiser(latents, (clean(context_timestep),) * done.frames, done.first, "clean")
         if inside[-1] not in in_work:
             in_work[inside[-1]] = noise.initial(inside[-1])
             _replace_text(denoiser, pending, inside[-1].first)
@@ -57,10 +64,18 @@ def rolling_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequenc
         for current, at, x0 in zip(inside, step.levels, parts):
             if at + 1 < len(levels):
                 in_work[current] = renoise(x0, noise.renoise(current, at), levels[at + 1].sigma)
-        done = (inside[0], parts[0].clone()) if step.final else None  # a view would keep the whole window alive
-        if done is not None:
+        if step.final:
+            state.done = inside[0], parts[0].clone()  # a view would keep the whole window alive
             del in_work[inside[0]]
-            yield done
+            yield state.done
+
+
+def _left(state: RolloutState, blocks: Sequence[Block], steps: int) -> Iterable[Window]:
+    """The windows behind the done block."""
+    if next(state.left(blocks), None) is None:
+        return ()
+    state.check_in_work(blocks, steps)
+    return each_window(len(blocks), steps, state.done[0].index + steps)
 
 
 def _joint(denoiser: Denoiser, latents: list[Tensor], levels: list[Level], first: int) -> tuple[Tensor, ...]:
@@ -71,7 +86,7 @@ def _joint(denoiser: Denoiser, latents: list[Tensor], levels: list[Level], first
 
 
 def _replace_text(denoiser: Denoiser, pending: deque[Switch], frame: int) -> None:
-    due = [pending.popleft() for _ in list(pending) if pending[0].at <= frame]
+    due = passed(pending, frame)
     if due:
         denoiser.replace_text(due[-1].segment)
 

@@ -12,6 +12,7 @@ history, so that no later recache brings it back.
 """
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Callable, Protocol, Sequence
 
@@ -108,6 +109,19 @@ TRANSITIONS: dict[str, Callable[[Denoiser, Switch, int, History, float], None]] 
 FRESH = frozenset({"cut"})
 
 
+def take_up(denoiser: Denoiser, pending: deque[Switch], frame: int) -> None:
+    """Drop the switches up to `frame`, which a rollout carried out before it was saved, and bring back their text."""
+    due = passed(pending, frame)
+    if due:
+        text = _soft if due[-1].transition == "soft" else _keep
+        text(denoiser, due[-1], frame, None, 0.0)
+
+
+def passed(pending: deque[Switch], frame: int) -> list[Switch]:
+    """Take those up to `frame` out of switches that are sorted by place."""
+    return [pending.popleft() for _ in list(pending) if pending[0].at <= frame]
+
+
 def switch_prompt(denoiser: Denoiser, switch: Switch, frame: int, history: History, context_timestep: float) -> None:
     """Carry out a switch before the block that starts at latent frame `frame`."""
     TRANSITIONS[switch.transition](denoiser, switch, frame, history, context_timestep)
@@ -118,9 +132,19 @@ def fresh_starts(switches: Sequence[Switch], blocks: Sequence[Block]) -> int:
     return sum(1 for s in switches if s.transition in FRESH and s.at > blocks[0].first)
 
 
-def replays(switches: Sequence[Switch]) -> int:
-    """Forwards that the switches cost: one for every recache behind at least one frame."""
-    return sum(1 for s in switches if s.transition == "recache" and s.at > 0)
+def replays(switches: Sequence[Switch], rollout: str = "block") -> int:
+    """Forwards that the switches cost: one for every recache behind at least one frame. A rollout that recomputes its
+    context makes none."""
+    return sum(1 for s in switches if rollout == "block" and s.transition == "recache" and s.at > 0)
+
+
+# rollout -> the transitions that it can do, where those are not all, and why
+LIMITED = {
+    "rolling": (("keep",), "blocks that are being denoised together carry the old prompt on for as many blocks as there are "
+                           "steps. Set every transition to keep"),
+    "recompute": (("recache", "keep", "soft"), "it empties the memory before every block and rebuilds it from the newest "
+                                               "frames. Set every transition to recache, keep or soft"),
+}
 
 
 def check_switches(switches: Sequence[Switch], policy, rollout: str) -> None:
@@ -129,10 +153,10 @@ def check_switches(switches: Sequence[Switch], policy, rollout: str) -> None:
     policy: the cache policy that will run; rollout: key of `rollout.ROLLOUTS`.
     """
     kinds = {s.transition for s in switches}
-    if rollout != "block" and kinds - {"keep"}:
-        raise ForcingError(f"A {rollout} rollout cannot change prompts by {', '.join(sorted(kinds - {'keep'}))}: blocks "
-                           "that are being denoised together carry the old prompt on for as many blocks as there are "
-                           "steps. Set every transition to keep, or use a block rollout.")
+    allowed, why = LIMITED.get(rollout, (tuple(TRANSITIONS), ""))
+    if kinds - {*allowed}:
+        raise ForcingError(f"A {rollout} rollout cannot change prompts by {', '.join(sorted(kinds - {*allowed}))}: {why}, or "
+                           "use a block rollout.")
     if kinds & {"flush", "jump"}:
         can_flush(policy)
     if "jump" in kinds:

@@ -6,7 +6,7 @@ Forcing): a window of as many blocks as there are steps slides by one block, the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from ..errors import ForcingError
 
@@ -34,13 +34,16 @@ def windows(blocks: int, steps: int) -> tuple[Window, ...]:
 
     Block b is at level w - b in window w. Correct for fewer blocks than steps too, where the published code is not.
     """
+    return tuple(each_window(blocks, steps))
+
+
+def each_window(blocks: int, steps: int, first: int = 0) -> Iterator[Window]:
+    """`windows` from the one of index `first` on, one at a time: for videos without an end."""
     _check(blocks, steps)
-    made = []
-    for index in range(blocks + steps - 1):
+    for index in range(first, blocks + steps - 1):
         start, end = max(0, index - steps + 1), min(blocks, index + 1)
         levels = tuple(index - block for block in range(start, end))
-        made.append(Window(index, start, end, levels, levels[0] == steps - 1))
-    return tuple(made)
+        yield Window(index, start, end, levels, levels[0] == steps - 1)
 
 
 def single_windows(blocks: int, steps: int) -> tuple[Window, ...]:

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ForcingError
 from ..media import save_png
-from . import distil, dit, network, student, vae
+from . import distil, dit, network, robust, student, vae
 from .loop import Stage, train
 from .plot import picture
 from .state import load_checkpoint, write_whole
@@ -43,8 +43,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """kind: trainer; settings: quick -> usual settings; share: of the recipe's minutes; after: stage whose weights it
-    starts from; finish: writes weights and report."""
+    """kind: trainer; settings: quick -> usual settings; share: of the recipe's minutes, 0 for a stage that is no part of it;
+    after: stage whose weights it starts from; finish: writes weights and report."""
 
     kind: Any
     settings: Callable[[bool], Any]
@@ -55,11 +55,13 @@ class Row:
 
 STAGES = {
     "vae": Row(vae.VaeTrainer, lambda quick: vae.QUICK if quick else vae.VaeSettings(), 0.15, finish=vae.finish),
-    "teacher": Row(dit.DitTrainer, lambda quick: dit.QUICK if quick else dit.DitSettings(), 0.35),
+    "teacher": Row(dit.DitTrainer, lambda quick: dit.QUICK if quick else dit.DitSettings(), 0.45),
+    "resampled": Row(robust.ResampledTrainer,
+                     lambda quick: robust.QUICK if quick else robust.ResampledSettings(), 0.0, "teacher"),
     "consistency": Row(distil.ConsistencyTrainer,
-                       lambda quick: distil.QUICK if quick else distil.ConsistencySettings(), 0.15, "teacher"),
+                       lambda quick: distil.QUICK if quick else distil.ConsistencySettings(), 0.05, "teacher"),
     "student": Row(student.StudentTrainer,
-                   lambda quick: student.QUICK if quick else student.StudentSettings(), 0.2, "consistency"),
+                   lambda quick: student.QUICK if quick else student.StudentSettings(), 0.2, "teacher"),
     "long": Row(student.LongTrainer,
                 lambda quick: student.LONG_QUICK if quick else student.LongSettings(), 0.15, "student"),
 }
@@ -180,7 +182,7 @@ def run_all(request: Request, show: Show, stop: Callable[[], bool] = lambda: Fal
     folder(request.out)
     whole = plan(request)
     for name, row in STAGES.items():
-        if weights(name, request.out).exists():
+        if not row.share or weights(name, request.out).exists():
             continue
         minutes = None if whole.minutes is None else whole.minutes * row.share
         part = replace(request, minutes=minutes, quick=whole.quick, resume=True, given={"seed": whole.seed})

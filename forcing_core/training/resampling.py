@@ -65,8 +65,9 @@ def resample(net: WanModel, history: Tensor, text: TextState, options: Resamplin
 
 
 def loss(student: WanModel, clean: Tensor, text: TextState, options: ResamplingOptions, generator: torch.Generator, *,
-         cells: Tensor | None = None) -> Tensor:
-    """Flow matching of the true frames on the resampled ones. clean: [B, C, F, h, w]; cells: weights [B, 1, F, h, w].
+         cells: Tensor | Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Flow matching of the true frames on the resampled ones. clean: [B, C, F, h, w]; cells: weights [B, 1, F, h, w], or a
+    function of the drawn sigmas [B, F] that gives them.
 
     The last block is nobody's history and is not resampled. Raises ForcingError where there is only one block.
     """
@@ -81,7 +82,7 @@ def loss(student: WanModel, clean: Tensor, text: TextState, options: ResamplingO
     noisy = noised(clean, rows, options.shift, generator)
     velocity = teacher_forced_velocity(student, past, noisy.x, noisy.timesteps, own_text(text, clean),
                                        options.teacher_forcing_mask(frames))
-    return weighted_mse(velocity, noisy.noise - clean, cells=cells)
+    return weighted_mse(velocity, noisy.noise - clean, cells=cells(noisy.sigmas) if callable(cells) else cells)
 
 
 def _autoregressive(net: WanModel, history: Tensor, noisy: Tensor, start: Tensor, text: TextState,

@@ -1,8 +1,6 @@
 """What every training run needs around its steps: phases with a budget, averaged weights, files written whole."""
 from __future__ import annotations
 
-import os
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
@@ -11,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ForcingError
+from ..files import whole
 
 
 @dataclass(frozen=True)
@@ -82,28 +81,16 @@ class Average:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file completely or not at all. Raises ForcingError where the folder cannot be written to."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ForcingError(f"{path} was not written: {error.strerror or error}. Check the folder and the free "
-                           "space.") from error
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Tensors, numbers, strings, lists and dicts, atomically."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        try:
+        with whole(path) as temporary:
             torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of PyTorch's writer
+    except RuntimeError as error:  # a full disk, in PyTorch's writer
         raise ForcingError(f"{path} was not written: {error}. Check the folder and the free space.") from error
 
 

@@ -16,8 +16,8 @@ SNAPSHOT = Path(__file__).with_name("schema_snapshot.json")
 NODES = sorted(json.loads(SNAPSHOT.read_text(encoding="utf-8"))) if SNAPSHOT.exists() else []
 # An entry of a help page. Lists, not tables: the help panel is about 40 characters wide.
 ITEM = r"^- \*\*(.+?)\*\*: "
-# Combos that list what is in the models folders.
-FILE_LISTS = {("ForcingLoadCheckpoint", "checkpoint"), ("ForcingLoadCheckpoint", "lora")}
+# Combos that list what is in folders of the user.
+FILE_LISTS = {("ForcingLoadCheckpoint", "checkpoint"), ("ForcingLoadCheckpoint", "lora"), ("ForcingResume", "snapshot")}
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ class SampleNoise:
 
 def empty(options, frames: int) -> Memory:
     net = network()
-    return make_memory(options, frames, layers=net.config.layers, grid=GRID, head_dim=core.HEAD_DIM, device="cpu")
+    return make_memory(options, frames, layers=net.config.layers, grid=GRID, head_dim=core.HEAD_DIM, device="cpu",
+                       heads=net.config.heads)
 
 
 def video(options, frames: int, *, samples=(0,), into: Memory | None = None, noise=None, seen=None) -> Tensor:

@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass
 
 import bench
-from examples import LONG, SMALL
+from examples import COMPARED_MICRO, SMALL
+from examples_long import COMPARED, LONG
 from forcing_pack.forcing_core import plan_view
 from forcing_pack.forcing_core.media import font
 from forcing_pack.forcing_core.micro.source import MicroSource
@@ -23,19 +24,21 @@ TOP, BOTTOM, TITLE, TEXT, FAINT = (22, 26, 36), (38, 44, 60), (245, 245, 242), (
 STATES = {**plan_view.COLOURS, "evicted": (50, 56, 74), "future": None}
 LEFT, RIGHT, HIGH, LOW = 300, 604, 52, 288
 COLUMNS = 4  # of pictures
+BETWEEN = 10  # plans
 
 
 @dataclass(frozen=True)
 class Card:
-    """title: lines of the heading. frames, given: of the plan in latent frames. captions: of the bundled model's
-    clips that are shown in place of the plan, one a row."""
+    """title: lines of the heading. frames, given: of the plan in latent frames. caches: policies that are drawn, one
+    below the other; None is the preset's own. captions: of the bundled model's clips that are shown in place of plans,
+    one a row."""
 
     title: tuple
     text: tuple
     preset: str
     frames: int = 21
     given: int = 0
-    cache: object = None
+    caches: tuple = (None,)
     captions: tuple = ()
 
 
@@ -54,9 +57,16 @@ CARDS = {
     "longlive_60s_prompts": Card(("LongLive", "with prompts"), ("Text to video", "1 min, four prompts"), "longlive", 240),
     "multi_scene_story": Card(("A story in", "four scenes"), ("Text to video, 20 s", "Flush, cut, recache"), "longlive", 81),
     "extend_video": Card(("Extend", "a video"), ("5 s + 5 s, two prompts", "Self Forcing with a sink"), "self-forcing",
-                         42, 21, LONG),
+                         42, 21, (LONG,)),
     "low_vram_fp8": Card(("Little", "memory"), ("Text to video in fp8", "Small, compact cache"), "self-forcing",
-                         cache=SMALL),
+                         caches=(SMALL,)),
+    "rolling_forcing_30s": Card(("Rolling", "Forcing"), ("Text to video, 30 s", "Five blocks at once"), "rolling-forcing", 120),
+    "reward_forcing_60s": Card(("Reward", "Forcing"), ("Text to video, 1 min", "Window of 9, EMA sink"), "reward-forcing", 240),
+    "deep_forcing_60s": Card(("Deep", "Forcing"), ("Text to video, 1 min", "Self Forcing weights"), "deep-forcing", 240),
+    "compare_long_self_forcing": Card(("Compare", "memories"), ("15 s, side by side", "Self Forcing weights"), "self-forcing",
+                                      60, caches=tuple(COMPARED.values())[:3]),
+    "compare_micro": Card(("Compare", "memories"), ("10 s, side by side", "Nothing to download"), "self-forcing", 42,
+                          caches=tuple(COMPARED_MICRO.values())),
 }
 
 
@@ -78,9 +88,11 @@ def draw(card):
     if card.captions:
         clips(image, card.captions)
         return image.resize(SIZE, Image.Resampling.LANCZOS)
-    table = plan_view.simulate(from_preset(get(card.preset), card.cache).cache, card.frames, given=card.given)
-    plan(pen, table)
-    legend(pen, table)
+    tables = [table_of(card, cache) for cache in card.caches]
+    high = (LOW - HIGH + BETWEEN) / len(tables)
+    for number, table in enumerate(tables):
+        plan(pen, table, HIGH + number * high, HIGH + (number + 1) * high - BETWEEN)
+    legend(pen, tables)
     return image.resize(SIZE, Image.Resampling.LANCZOS)
 
 
@@ -117,13 +129,18 @@ def clip(caption, seed, frames=21):
     return [picture for _, x0 in preset_rollout(preset, denoiser, frames, noise) for picture in decode(x0)]
 
 
-def plan(pen, table):
-    wide, high = (RIGHT - LEFT) / table.frames, (LOW - HIGH) / len(table.rows)
+def table_of(card, cache):
+    options = from_preset(get(card.preset), cache)
+    return plan_view.simulate(options.cache, card.frames, given=card.given, steps=len(options.expected) - 1)
+
+
+def plan(pen, table, top, bottom):
+    wide, high = (RIGHT - LEFT) / table.frames, (bottom - top) / len(table.rows)
     gap = 0.12 * min(wide, high) if wide > 4 else 0
     for number, row in enumerate(table.rows):
         for frame in range(row.block.end):
-            box = (LEFT + frame * wide, HIGH + number * high, LEFT + (frame + 1) * wide - gap,
-                   HIGH + (number + 1) * high - max(gap, 0.8))
+            box = (LEFT + frame * wide, top + number * high, LEFT + (frame + 1) * wide - gap,
+                   top + (number + 1) * high - max(gap, 0.8))
             pen.rectangle([side * SCALE for side in box], STATES[state(table, row, frame)])
 
 
@@ -132,14 +149,15 @@ def state(table, row, frame):
     if frame >= row.block.first:
         return "block"
     if frame not in row.read:
-        return "evicted"
+        return "kept" if frame in row.kept else "tokens" if frame in row.tokens else "evicted"
     return "sink" if frame in row.sink else "given" if frame < table.given else "past"
 
 
-def legend(pen, table):
-    """Names of the colours that this plan has, and where time goes."""
-    seen = {state(table, row, frame) for row in table.rows for frame in range(row.block.end)}
-    names = {"sink": "sink", "given": "given", "past": "window", "block": "new", "evicted": "dropped"}
+def legend(pen, tables):
+    """Names of the colours that these plans have, and where time goes."""
+    seen = {state(table, row, frame) for table in tables for row in table.rows for frame in range(row.block.end)}
+    names = {"sink": "sink", "given": "given", "past": "window", "block": "new", "tokens": "tokens", "kept": "kept",
+             "evicted": "dropped"}
     x = LEFT
     for key, name in names.items():
         if key in seen:

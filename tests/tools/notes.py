@@ -6,6 +6,7 @@ from forcing_pack.forcing_core import plan_view, presets
 from forcing_pack.forcing_core.options import from_preset, pixel_frames
 
 REPACKAGED = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
+MATCH = "**system** (loader and preset) and **block** (latent) belong to the checkpoint: leave them."
 ENCODER, VAE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan_2.1_vae.safetensors"
 
 
@@ -45,6 +46,11 @@ def seconds(frames, fps=16):
 def files(*models):
     lines = [f"- `models/{model['directory']}/` [{model['name']}]({model['url']})" for model in models]
     return "\n".join(["## Files", *lines])
+
+
+def files_of(preset, *more):
+    """The files of a workflow: the preset's checkpoint, `more`, text encoder and VAE."""
+    return files(checkpoint(preset), *more, text_encoder(), vae())
 
 
 def licence(preset):

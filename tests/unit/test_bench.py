@@ -61,6 +61,14 @@ def test_measured_rollouts():
                         "run 2 of 2: 6 frames, window everything", "run 2 of 2: 15 frames, window 9"]
 
 
+def test_a_policy_without_a_window_of_that_name():
+    """Bounded and merging memories make their window of other settings: nothing to choose there."""
+    setup = replace(SETUP, preset=get("context-forcing"))
+    assert setup.options(Case(6, None)).window == 21
+    with pytest.raises(ForcingError, match="no setting window.*Leave it out"):
+        setup.options(Case(6, 12))
+
+
 def test_a_guided_preset_has_two_stores():
     guided = replace(SETUP, preset=replace(get("longlive"), cfg=3.0))
     one, two = (measure(setup, [Case(3, None)], 1)[0].store_bytes for setup in (SETUP, guided))

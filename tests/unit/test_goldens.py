@@ -16,6 +16,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "goldens"
 CASES = sorted(path for path in FOLDER.glob("*.safetensors") if path.stem != "weights")
 QUICK = "cfpp_1step"
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def net():

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from forcing_pack.forcing_core.memory import memory_bytes
-from forcing_pack.forcing_core.policies import BoundedOptions, MergingOptions, RoutingOptions
+from forcing_pack.forcing_core.policies import BoundedOptions, MergingOptions, RollingSinkOptions, RoutingOptions
 from forcing_testkit.forcing_corekit import gap
 from forcing_testkit.policykit import TOKENS, SampleNoise, empty, network, video
 
@@ -18,7 +18,8 @@ POLICIES = {
     "bounded, uniform": BoundedOptions(mode="uniform", compact=True),
     "routing, head": RoutingOptions(top_k=2, **SMALL), "routing, block": RoutingOptions(top_k=2, group="block", window=12),
     "routing, token": RoutingOptions(top_k=2, group="token", **SMALL),
-    "merging": MergingOptions(tau=0.6, **SMALL), "merging, full": MergingOptions(tau=0.6, budget=2, compact=True, **SMALL)}
+    "merging": MergingOptions(tau=0.6, **SMALL), "merging, full": MergingOptions(tau=0.6, budget=2, compact=True, **SMALL),
+    "rolling sink": RollingSinkOptions(window=9)}
 by_policy = pytest.mark.parametrize("options", POLICIES.values(), ids=list(POLICIES))
 
 

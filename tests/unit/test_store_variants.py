@@ -13,7 +13,7 @@ from forcing_pack.forcing_core.options import RolloutOptions
 from forcing_pack.forcing_core.parity import load_network, read_case, run
 from forcing_pack.forcing_core.plan import layout
 from forcing_pack.forcing_core.plan_view import StoreShape, announce
-from forcing_pack.forcing_core.policies import KINDS, WindowOptions, build
+from forcing_pack.forcing_core.policies import KINDS, RecencyOptions, RecomputeOptions, WindowOptions, build
 from forcing_pack.forcing_core.policies.deep_sink import DeepSinkOptions
 from forcing_pack.forcing_core.policies.ema_sink import EmaSinkOptions
 from forcing_pack.forcing_core.policies.rolling import RollingOptions
@@ -45,8 +45,10 @@ POLICIES = {
     "ema_sink, compact": EmaSinkOptions(5, 2, 1, alpha=0.5, compact=True),
     "ema_sink, float32": EmaSinkOptions(6, 2, 2, alpha=0.9, sink_dtype="float32"),
     "deep_sink": DeepSinkOptions(8, 4, 2),
+    "recency": RecencyOptions(7, 1, 2, 2),
+    "recompute": RecomputeOptions(4, 2, weight=0.3),
 }
-OWN_STORES = {"deep_compress", "bounded", "routing", "merging"}
+OWN_STORES = {"deep_compress", "bounded", "routing", "merging", "rolling_sink"}
 VARIANTS = [{"store": "int8"}, {"store": "fp8"}, {"store": "int8", "dense": 3}, {"offload": True},
             {"store": "int8", "offload": True}, {"store": "fp8", "dense": 2, "offload": True}]
 LEVELS = [Level(1000.0, 1.0), Level(600.0, 0.6)]
@@ -77,7 +79,7 @@ def video(options, frames=10, **settings):
     """(latents, denoiser) of a rollout of a small random network."""
     made = denoiser(options, frames, **settings)
     blocks, noise = layout(frames, options.block), BlockNoise(0, (1, 16), SIZE)
-    parts = ROLLOUTS[options.rollout](made, blocks, LEVELS, noise, block=options.block)
+    parts = ROLLOUTS[options.rollout](made, blocks, LEVELS, noise, block=options.block, window=options.window)
     return torch.cat([latents for _, latents in parts], dim=2), made
 
 

@@ -295,8 +295,8 @@ def plans(net, options, kind, frames=15, at=9):
     memory = denoiser.conditions[0].memory
     begin = memory.begin
 
-    def noted(first, count, phase):
-        made = begin(first, count, phase)
+    def noted(first, count, phase, sigma):
+        made = begin(first, count, phase, sigma)
         seen[phase, first] = made.plan.read, made.plan.positions, made.plan.query
         return made
 

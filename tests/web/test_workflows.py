@@ -24,13 +24,17 @@ TOOLS = PACK / "tests" / "tools"
 # Latent frames of the finished video.
 FRAMES = {"hello": 21, "self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 21, "causal_forcing_framewise_i2v": 21,
           "causal_forcing_pp_2step_t2v": 21, "longlive_30s": 120, "extend_video": 42, "low_vram_fp8": 21,
-          "longlive_60s_prompts": 240, "multi_scene_story": 81}
+          "longlive_60s_prompts": 240, "multi_scene_story": 81, "rolling_forcing_30s": 120, "reward_forcing_60s": 240,
+          "deep_forcing_60s": 240, "compare_long_self_forcing": 60, "compare_micro": 42}
 NAMES = sorted(FRAMES)
-# Decoding 30 s takes minutes on a CPU: 14 blocks are still more than the window.
-SHORTER = {"longlive_30s": (10.0, 42), "longlive_60s_prompts": (10.0, 42), "multi_scene_story": (10.0, 42)}
+# Decoding 30 s takes minutes on a CPU: 14 blocks, or 10, are still more than any window.
+SHORTER = {**dict.fromkeys(("longlive_30s", "longlive_60s_prompts", "multi_scene_story", "rolling_forcing_30s",
+                            "reward_forcing_60s", "deep_forcing_60s"), (10.0, 42)), "compare_long_self_forcing": (7.5, 30)}
+BUNDLED = ("hello", "compare_micro")  # run as they are, with the bundled model
 PAGE_NODES = {"MarkdownNote"}  # drawn by the page, unknown to the server
 TITLE = 30
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DROP_DOWN = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DROP_DOWN}
 DOWNLOADABLE = (".safetensors", ".sft", ".ckpt", ".pth", ".pt")  # what the missing-models dialog offers to fetch
 
 PAIR = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
@@ -99,19 +103,42 @@ def test_links_agree_with_both_ends(workflow):
 def test_nodes_exist_with_these_sockets_and_widgets(nodes, schemas):
     for node in nodes:
         schema = schemas[node["type"]]
-        declared = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+        declared = inputs_of(node, schema)
         assert {item["name"] for item in node["inputs"]} - {"upload"} == set(declared), node["type"]
         assert [output["type"] for output in node["outputs"]] == schema["output"], node["type"]
-        assert len(node.get("widgets_values", [])) == sum(map(widget_slots, declared.values())), node["type"]
+        assert len(node.get("widgets_values", [])) == sum(len(slots(name, declared[name])) for name in declared), node["type"]
 
 
-def widget_slots(declared):
-    """How many values the frontend saves for an input; a seed brings its control, an image its upload button."""
+def inputs_of(node, schema):
+    """{name: declaration} in the order of the page: what the choice of a drop-down brings comes right after it."""
+    found = {}
+    for name, declared in (pair for part in ("required", "optional") for pair in schema["input"].get(part, {}).items()):
+        place = sum(len(slots(before, found[before])) for before in found)
+        found[name] = declared
+        if declared[0] == DROP_DOWN:
+            option, = (option for option in declared[1]["options"] if option["key"] == node["widgets_values"][place])
+            found |= {f"{name}.{inner}": what for part in ("required", "optional")
+                      for inner, what in option["inputs"].get(part, {}).items()}
+    return found
+
+
+def slots(name, declared):
+    """Names of the values that the page saves for an input; a seed brings its control, an image its upload button."""
     kind, *options = declared
     options = options[0] if options else {}
     if not isinstance(kind, list) and kind not in WIDGETS:
-        return 0
-    return 1 + bool(options.get("control_after_generate")) + bool(options.get("image_upload"))
+        return []
+    return [name, *["control_after_generate"] * bool(options.get("control_after_generate")),
+            *["upload"] * bool(options.get("image_upload"))]
+
+
+def values_of(node, schemas):
+    """{widget: value} of a saved node."""
+    if node["type"] in PAGE_NODES:
+        return {"text": node["widgets_values"][0]}
+    declared = inputs_of(node, schemas[node["type"]])
+    names = [slot for name in declared for slot in slots(name, declared[name])]
+    return dict(zip(names, node.get("widgets_values", []), strict=True))
 
 
 def test_nodes_name_their_package(nodes):
@@ -161,7 +188,7 @@ def overlap(one, other):
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def test_file_is_what_the_script_writes(name, workflow, monkeypatch):
+def test_file_is_what_the_script_writes(name, workflow, schemas, monkeypatch):
     """Without the page: same nodes, notes, files and links as tests/tools/examples.py describes."""
     monkeypatch.syspath_prepend(str(TOOLS))
     wanted = importlib.import_module("examples").EXAMPLES[name]().as_dict()
@@ -169,8 +196,8 @@ def test_file_is_what_the_script_writes(name, workflow, monkeypatch):
     assert {node["id"]: node["type"] for node in wanted["nodes"]} == {key: node["type"] for key, node in saved.items()}
     for node in wanted["nodes"]:
         assert node["models"] == saved[node["id"]]["properties"].get("models", [])
-        for value in node["widgets"].values():
-            assert value in saved[node["id"]]["widgets_values"], (node["type"], value)
+        values = values_of(saved[node["id"]], schemas)
+        assert {widget: values[widget] for widget in node["widgets"]} == node["widgets"]
     named = [[link[1], link[2], link[3], saved[link[3]]["inputs"][link[4]]["name"]] for link in workflow["links"]]
     assert sorted(named) == sorted(wanted["links"])
 
@@ -209,6 +236,25 @@ def test_page_saves_what_it_opened(comfy_page, name, workflow):
         assert after["properties"] == before["properties"]
 
 
+POLICIES = """() => {
+    app.graph.clear()
+    const node = LiteGraph.createNode('ForcingCache')
+    app.graph.add(node)
+    return node.widgets[0].options.values.map(kind => {
+        node.widgets[0].value = kind
+        return [kind, node.widgets.map(widget => widget.name)]
+    })
+}"""
+
+
+def test_the_cache_shows_the_widgets_of_the_chosen_policy(comfy_page, schemas):
+    """All kinds in turn on one node: what the last one brought has to go."""
+    declared = schemas["ForcingCache"]
+    wanted = {option["key"]: list(inputs_of({"widgets_values": [option["key"]]}, declared))
+              for option in declared["input"]["required"]["policy"][1]["options"]}
+    assert dict(comfy_page.evaluate(POLICIES)) == wanted and len(wanted) >= 8
+
+
 # -- the video ------------------------------------------------------------------------------------------------
 
 def tiny_lora(path, rank=4):
@@ -227,7 +273,8 @@ def ready_server(comfy_server, comfy_models):
     weights, loras = comfy_models / "diffusion_models", comfy_models / "loras"
     loras.mkdir(exist_ok=True)
     for name, key in (("self_forcing_dmd", "generator_ema"), ("causal_forcing", "generator_ema"),
-                      ("framewise-2step", "generator_ema"), ("longlive_base", "generator")):
+                      ("framewise-2step", "generator_ema"), ("longlive_base", "generator"),
+                      ("rolling_forcing_dmd", "generator_ema"), ("rewardforcing", None)):
         tiny.tiny_wan(weights / f"{name}.pt", prefix="model.", container=key)
     tiny_lora(loras / "lora.pt")
     tiny.tiny_wan_vae(comfy_models / "vae" / "wan_2.1_vae.safetensors")
@@ -257,15 +304,20 @@ def without_encoder(prompt, seconds=None):
     return out
 
 
+def every(prompt, kind):
+    return [key for key, node in prompt.items() if node["class_type"] == kind]
+
+
 def only(prompt, kind):
-    key, = (key for key, node in prompt.items() if node["class_type"] == kind)
+    key, = every(prompt, kind)
     return key
 
 
-def frame_count(path, width=64):
+def pictures(path, width):
+    """Pictures [H, W, 3] of a video of 16 a second."""
     with av.open(str(path)) as video:
         assert (video.streams.video[0].width, video.streams.video[0].average_rate) == (width, 16)
-        return sum(1 for _ in video.decode(video=0))
+        return [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
 
 
 @pytest.fixture
@@ -283,18 +335,26 @@ def test_run_button_makes_the_video_of_the_bundled_model(bundled, comfy_server, 
     comfy_page.page.wait_for_function(
         "() => app.nodeOutputs[app.graph.nodes.find(node => node.type === 'SaveVideo').id]?.images?.length", timeout=120_000)
     video, = set(comfy_server.output.glob("forcing/hello*.mp4")) - before
-    assert frame_count(video, 256) == 81
+    assert len(pictures(video, 256)) == 81
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "hello"])
-def test_makes_its_video(ready_server, comfy_page, name):
+def test_makes_its_video(ready_server, comfy_page, name, request):
+    """Where there are several, they differ in the end: every column has its own memory."""
+    if name in BUNDLED:
+        request.getfixturevalue("bundled")
     comfy_page.load_workflow(FOLDER / f"{name}.json")
     seconds, frames = SHORTER.get(name, (None, FRAMES[name]))
-    prompt = without_encoder(comfy_page.graph_to_prompt(), seconds)
-    entry = ready_server.run(prompt, timeout=280)
-    video, = ready_server.files(entry, only(prompt, "SaveVideo"))
-    assert video.parent.name == "forcing" and video.suffix == ".mp4"
-    assert frame_count(video) == 1 + 4 * (frames - 1)
+    prompt = comfy_page.graph_to_prompt()
+    entry = ready_server.run(prompt if name in BUNDLED else without_encoder(prompt, seconds), timeout=280)
+    ends = set()
+    for key in every(prompt, "SaveVideo"):
+        video, = ready_server.files(entry, key)
+        assert video.parent.name == "forcing" and video.suffix == ".mp4"
+        made = pictures(video, 256 if name in BUNDLED else 64)
+        assert len(made) == 1 + 4 * (frames - 1)
+        ends.add(made[-1].tobytes())
+    assert len(ends) == len(every(prompt, "SaveVideo"))
 
 
 def test_plan_view_draws_without_sampling(ready_server, comfy_page):

@@ -1,0 +1,26 @@
+"""Files written completely or not at all."""
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+from .errors import ForcingError
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file beside `path`, which takes its place when the block ends well; else `path` stays
+    as it was. Raises ForcingError where the folder cannot be written to."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ForcingError(f"{path} was not written: {error.strerror or error}. Check the folder and the free "
+                           "space.") from error

@@ -1,0 +1,6 @@
+"""Endless video in constant memory: causal decoding block by block, and files that grow as frames come."""
+from .endless import ENDLESS, EndlessBlocks
+from .sink import FORMATS, Audio, VideoSink
+from .vae import DecodeStream, EncodeStream
+
+__all__ = ["ENDLESS", "FORMATS", "Audio", "DecodeStream", "EncodeStream", "EndlessBlocks", "VideoSink"]
