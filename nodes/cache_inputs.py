@@ -1,7 +1,7 @@
 """Widgets of Forcing Cache: one option a cache policy, one widget a field of its options.
 
 Defaults come from the options dataclass, so they are the paper's; here are only ranges and words. A new policy
-appears in the node as soon as it has a row in `KINDS`; give it a sentence in TITLES, and its fields rows in FIELDS.
+appears in the node as soon as it has a sentence in TITLES beside its row in `KINDS`; give its fields rows in FIELDS.
 All of them are optional, so that a workflow saved before a field existed goes on working.
 """
 from __future__ import annotations
@@ -130,9 +130,9 @@ def _widget(kind: str, name: str, default: Any):
 
 def policy_input() -> io.DynamicCombo.Input:
     """The drop-down of policies; each shows its own widgets."""
-    tooltip = "How the past is remembered. " + " ".join(f"{kind}: {TITLES[kind]}." for kind in KINDS)
+    tooltip = "How the past is remembered. " + " ".join(f"{kind}: {title}." for kind, title in TITLES.items())
     return io.DynamicCombo.Input("policy", tooltip=tooltip, options=[
-        io.DynamicCombo.Option(kind, [_widget(kind, *pair) for pair in _shown(kind)]) for kind in KINDS])
+        io.DynamicCombo.Option(kind, [_widget(kind, *pair) for pair in _shown(kind)]) for kind in TITLES])
 
 
 def options_of(policy: dict[str, Any]):

@@ -67,7 +67,8 @@ def _published() -> Iterator[Setting]:
 
 _ROWS = (
     _window("teacher", "many-step teacher, guided", "teacher", _TEACHER, slow=True),
-    _window("teacher-forcing", "few steps, trained on true histories", "consistency"),
+    _window("teacher-4-steps", "the same network in 4 steps, unguided", "teacher"),
+    _window("teacher-forcing", "consistency on true histories only", "consistency"),
     _window("self-forcing", "Self Forcing, window 21"),
     _window("self-forcing-window9", "Self Forcing, window 9", window=9),
     _window("self-forcing-sink3", "Self Forcing, window 21 with sink 3", sink=3, positions="relative"),

@@ -186,7 +186,7 @@ class DensePass:
         self._key = k
         return q, k, v
 
-    def attend(self, q, k, v):
+    def masked(self, q, k, v):
         """Stands for the attention of the network; only self-attention is handed the keys of `exchange`."""
         if k is not self._key:
             return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
@@ -216,4 +216,4 @@ class DensePass:
     def run(self, net, x, timesteps, text):
         """Velocity of all rows in one no-cache pass. x [B, C, rows, H, W], timesteps one a row."""
         timesteps = torch.tensor(timesteps, dtype=torch.float32).expand(x.shape[0], -1)
-        return forward(net, x, timesteps, TextState(text), self, Ops(attention=self.attend))
+        return forward(net, x, timesteps, TextState(text), self, Ops(attention=self.masked))

@@ -135,9 +135,10 @@ def test_a_batch_is_its_samples(kind, data):
     if hasattr(made.options, "reuse_cap"):  # where a cap leaves too few tokens, all samples take as many as the poorest
         made = replace(made, options=replace(made.options, reuse_cap=None))
     both = kit.video(made, samples=(0, 1))
-    assert gap(both[0], both[1]) > 0
+    near = 1e-4 if storage_of(made.options).coder.exact else 5e-3  # a last digit may round to the next code
+    assert gap(both[0], both[1]) > 0.1
     for sample in (0, 1):
-        assert gap(kit.video(made, samples=(sample,))[0], both[sample]) <= 1e-4
+        assert gap(kit.video(made, samples=(sample,))[0], both[sample]) <= near
 
 
 @by_kind

@@ -95,7 +95,7 @@ def oracle(net, x, timesteps, text, clean=None, told=0.0, ends=ENDS, window=None
         timesteps = torch.cat([torch.zeros(B, F) + told, timesteps], 1)
     dense = DensePass(rows, (H // 2, W // 2), window, sink)
     state = TextState(text.expand(B, -1, -1))
-    return forward(net, x, timesteps, state, dense, Ops(attention=dense.attend))[:, :, -F:]
+    return forward(net, x, timesteps, state, dense, Ops(attention=dense.masked))[:, :, -F:]
 
 
 def gradients(net, loss):
