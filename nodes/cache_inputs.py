@@ -141,6 +141,6 @@ def options_of(policy: dict[str, Any]):
     Raises ForcingError, worded by the policy, for values that do not go together.
     """
     kind = policy["policy"]
-    given = {name: policy[name] for name, _ in _shown(kind) if name in policy}
+    given = {name: policy[name] for name, _ in _shown(kind) if policy.get(name) is not None}
     given.update({name: None for name in NONE_IS_ZERO if given.get(name) == 0})
     return KINDS[kind][0](**{**DEFAULTS.get(kind, {}), **given, "block": 1})

@@ -23,7 +23,6 @@ CONFIG = WanConfig(dim=128, ffn_dim=512, heads=1, layers=6, in_channels=16, out_
                    text_len=16)
 SIZE = (8, 8)
 MOST = 1.1
-HEAD = ("policy", "ms/block min 1", "ms/block min 20", "ratio", "bytes min 1", "bytes min 20")
 
 
 def row(name: str, found: Cost) -> str:
@@ -50,7 +49,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every number")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(line(HEAD), flush=True)
+    print(line(("policy", "ms/block, min 1", f"ms/block, min {args.minutes}", "ratio", "bytes, min 1",
+                f"bytes, min {args.minutes}")), flush=True)
     results = {}
     for name in args.policy:
         late = args.minutes * MINUTE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.memory import memory_bytes, memory_host_bytes
-from forcing_pack.forcing_core.policies import KINDS, WindowOptions
+from forcing_pack.forcing_core.policies import KINDS, DeepSinkOptions, WindowOptions
 from forcing_pack.forcing_core.policies.base import storage_of
 from forcing_testkit import composekit as kit
 from forcing_testkit.forcing_corekit import gap
@@ -47,8 +47,15 @@ def test_a_pass_sees_nothing_of_the_future_and_only_what_is_held(kind, data):
 @examples(12)
 @given(data=st.data())
 def test_every_frame_has_a_place_of_its_own_in_time(kind, data):
+    check_places(data.draw(kit.combinations(kind, longest=30)))
+
+
+def test_a_short_last_block_leaves_the_moving_sink_behind_the_rest():
+    check_places(kit.Combination(DeepSinkOptions(window=5, sink=1, block=3), 7))
+
+
+def check_places(made):
     """In the order of time and below the limit: two frames in one place cannot be told apart."""
-    made = data.draw(kit.combinations(kind, longest=30))
     limit = getattr(made.options, "limit", made.frames)
     anywhere = made.options.positions == "relative" or any(s.transition == "jump" for s in made.switches)
 

@@ -199,7 +199,7 @@ def test_the_picture_shows_every_stage():
     line = [(x, y) for x in range(360) for y in range(TOP, 240) if one.getpixel((x, y)) == COLOURS[0]]
     assert abs(line[0][0] - LEFT) < 6 and abs(line[0][1] - TOP) < 4
     assert abs(line[-1][0] - (360 - RIGHT)) < 4 and abs(line[-1][1] - (240 - BOTTOM)) < 4
-    five = picture({name: {"loss": [[1, 1.0], [100, 0.1]]} for name in recipe.STAGES} | {"none": {}})
+    five = picture({name: {"loss": [[1, 1.0], [100, 0.1]]} for name in list(recipe.STAGES)[:5]} | {"none": {}})
     assert five.size == (3 * 360, 2 * 240)
     assert picture({"flat": {"loss": [[1, 0.5], [2, 0.5]]}}).size == (360, 240)
     with pytest.raises(ForcingError, match="no losses"):
