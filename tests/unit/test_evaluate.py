@@ -81,7 +81,7 @@ def test_choosing():
     assert "teacher" not in settings.USUAL and set(settings.QUICK) < set(settings.USUAL)
     with pytest.raises(ForcingError, match="Did you mean self-forcing-sink3"):
         settings.choose(["self-forcing-sink"])
-    with pytest.raises(ForcingError, match="Choose from teacher, teacher-forcing"):
+    with pytest.raises(ForcingError, match="Choose from teacher, teacher-4-steps"):
         settings.choose(["???"])
 
 
