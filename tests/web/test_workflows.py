@@ -284,7 +284,7 @@ def ready_server(comfy_server, comfy_models):
 
 def without_encoder(prompt, seconds=None):
     """The prompt with TestTextEncode for the 6.7 GB text encoder, at a size (and length) for tests; start times of prompts
-    are shortened alike."""
+    and soft transitions are shortened alike."""
     out = {}
     length, = (node["inputs"]["length"] for node in prompt.values() if node["class_type"] == "ForcingEmptyLatent")
     share = (seconds or length) / length
@@ -294,6 +294,8 @@ def without_encoder(prompt, seconds=None):
             node, inputs = {"class_type": "TestClip"}, {}
         if node["class_type"] == "ForcingPromptTrack":
             inputs["script"] = re.sub(r"^\d+", lambda found: f"{int(found[0]) * share:g}", inputs["script"], flags=re.M)
+            inputs["script"] = re.sub(r"soft (\d+)", lambda found: f"soft {max(2, int(int(found[1]) * share))}",
+                                      inputs["script"])
         if node["class_type"] == "ForcingPromptSegment":
             inputs["start"] *= share
         if node["class_type"] == "CLIPTextEncode":
