@@ -1,4 +1,6 @@
-"""The only file that touches ComfyUI's internals: how a rollout runs over the model that ComfyUI manages.
+"""How a rollout runs over the model that ComfyUI manages.
+
+With host_ops.py and host_vae.py this is all that touches ComfyUI's internals.
 
 A rollout calls the guider as any sampler does, so CFG, several conditions, hooks and patches stay ComfyUI's.
 Per run, one wrapper on DIFFUSION_MODEL replaces the network's own forward by the causal one; it lives in the
@@ -12,7 +14,6 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import comfy.ldm.modules.attention as host_attention
 import comfy.model_management as mm
 import comfy.utils
 import torch
@@ -21,7 +22,6 @@ from comfy.ldm.wan.model import WanModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 from torch import Tensor
 
-from ..forcing_core.attention import sage_mutates_keys
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.memory import Memory, make_memory, memory_bytes
 from ..forcing_core.options import RolloutOptions
@@ -33,6 +33,7 @@ from ..forcing_core.saved import Saved, Tree
 from ..forcing_core.schedule import Level
 from ..forcing_core.snapshot import fingerprint
 from ..forcing_core.wan import Ops, TextState, blended, forward
+from .host_ops import causal_ops
 
 log = logging.getLogger(__name__)
 KEY = "forcing"
@@ -209,79 +210,6 @@ def make_room(guider, wanted: int) -> None:
         guider.model_patcher.partially_unload(guider.model_patcher.offload_device, missing)
 
 
-# -- what the causal forward asks of the host -----------------------------------------------------------------
-
-def _mutates_keys(transformer_options: dict) -> bool:
-    """Whether the attention that will run may write to its keys: unknown overrides, and SageAttention 1.x."""
-    if "optimized_attention_override" in transformer_options:
-        return True
-    return host_attention.optimized_attention.__name__ == "attention_sage" and sage_mutates_keys()
-
-
-def _attention(transformer_options: dict):
-    copy = _mutates_keys(transformer_options)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = host_attention.optimized_attention(q.flatten(2), (k.clone() if copy else k).flatten(2), v.flatten(2),
-                                                 heads=q.shape[2], transformer_options=transformer_options)
-        return out.unflatten(2, (q.shape[2], -1))
-    return attend
-
-
-def _parameter(parameter: Tensor, like: Tensor) -> Tensor:
-    return mm.cast_to(parameter, dtype=like.dtype, device=like.device)
-
-
-def _around_block(transformer_options: dict):
-    """Give patches that replace a whole block their place, as the stock forward does."""
-    replaced = transformer_options.get("patches_replace", {}).get("dit", {})
-
-    def around(index, run, x, extras):
-        transformer_options["block_index"] = index
-        if ("double_block", index) not in replaced:
-            return run(x)
-        args = {"img": x, "txt": extras["text"].context, "vec": extras["e"], "pe": None,
-                "transformer_options": transformer_options}
-        return replaced[("double_block", index)](args, {"original_block": lambda a: {"img": run(a["img"])}})["img"]
-    return around
-
-
-def _after(patches: list, transformer_options: dict):
-    def apply(index, x, **extra):
-        for patch in patches:
-            x = patch({"x": x, **extra, "transformer_options": transformer_options})
-        return x
-    return apply
-
-
-def _replaced(module) -> bool:
-    """Whether a forward of somebody else is in place. ComfyUI leaves the module's own one behind on the instance
-    when it takes an object patch back."""
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
-
-
-def _cross_attention(transformer_options: dict):
-    """Cached keys and values of the prompt, unless somebody replaced the module's forward (NAG and the like)."""
-    cached = Ops().cross_attention
-
-    def cross(index, block, x, text, ops, net):
-        if _replaced(block.cross_attn):
-            context = text.embedded(net.text_embedding)
-            return block.cross_attn(x, context, context_img_len=None, transformer_options=transformer_options)
-        return cached(index, block, x, text, ops, net)
-    return cross
-
-
-def _ops(transformer_options: dict, sinusoid: torch.dtype, compile_with) -> Ops:
-    patches = transformer_options.get("patches", {})
-    return Ops(attention=_attention(transformer_options), parameter=_parameter,
-               cross_attention=_cross_attention(transformer_options), around_block=_around_block(transformer_options),
-               after_self_attention=_after(patches.get("attn1_patch", []), transformer_options),
-               after_cross_attention=_after(patches.get("attn2_patch", []), transformer_options),
-               sinusoid=sinusoid, compile=compile_with)
-
-
 # -- the run ---------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -398,7 +326,7 @@ class HostDenoiser:
         transformer_options["grid_sizes"] = (x.shape[2], *self.shape.grid)
         exact = self.options.noise != "comfy" and mm.supports_fp64(x.device)  # core's own embedding is float32
         sinusoid = torch.float64 if exact else torch.float32
-        ops = _ops(transformer_options, sinusoid, self._compile)
+        ops = causal_ops(transformer_options, sinusoid, self._compile)
         keys = transformer_options["uuids"]
         parts = [self._condition(net, key, part, text, levels, first, phase, ops)
                  for key, part, text in zip(keys, x.chunk(len(keys)), context.chunk(len(keys)))]

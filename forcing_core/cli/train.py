@@ -75,7 +75,7 @@ def _student(settings: type[student.StudentSettings]) -> tuple[Option, ...]:
 # stage -> (its line in --help, its options)
 COMMANDS = {
     "vae": ("Train the VAE, to which all other stages owe their latents.",
-            (Option("dim", "width of the network: 8, 12 or 16 (default: 12)", positive), _batch(vae.VaeSettings.batch))),
+            (Option("dim", "width of the network: 8, 12 or 16 (default: 8)", positive), _batch(vae.VaeSettings.batch))),
     "teacher": ("Train the network with teacher forcing, from which all students start.",
                 (Option("dim", f"dim (default: {dit.DitSettings.dim})", positive),
                  Option("layers", f"layers (default: {dit.DitSettings.layers})", positive),

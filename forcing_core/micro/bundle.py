@@ -2,9 +2,9 @@
 
     text, net, vae = bundle.codec(), bundle.network("student"), bundle.vae()
 
-All were trained by `python -m forcing_core train micro` on the generated world of `world.py`; how is in the
-metadata of every file. They make 64x64 pictures, 16 a second, of captions like "a red circle moving left on a dark
-background".
+All were trained by the stages of `python -m forcing_core train` on the generated world of `world.py`; settings
+and steps are in the metadata of every file. They make 64x64 pictures, 16 a second, of captions like "a red circle
+moving left on a dark background".
 """
 from __future__ import annotations
 

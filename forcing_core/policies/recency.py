@@ -51,8 +51,9 @@ class RecencyOptions(CacheOptions):
             raise ForcingError(f"A window of {self.window} frames with {self.sink} sink, {self.recent} recent and {self.block} "
                                "own ones leaves no history to put a bias on. Use a window of at least "
                                f"{self.sink + max(0, self.recent) + self.block + 1} frames and recent of at least 0.")
-        if not (0 <= self.beta < inf and 0 <= self.gamma < inf):
-            raise ForcingError(f"beta {self.beta} and gamma {self.gamma} make no sense. Use a number of at least 0 for each.")
+        if not (0 <= self.beta < inf and 0 <= self.gamma <= 10):
+            raise ForcingError(f"beta {self.beta} and gamma {self.gamma} make no sense. Use a beta of at least 0 "
+                               "and a gamma from 0 to 10.")
 
     @property
     def history(self) -> int:

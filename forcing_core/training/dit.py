@@ -39,10 +39,11 @@ def start(net: nn.Module) -> None:
 
 
 class DitTrainer(NetTrainer):
-    """The state of a run and its steps."""
+    """The state of a run and its steps. objective: the loss; age: steps that the averaged weights have behind them."""
 
     name, stream, settings_type = "teacher", 2, DitSettings
     settings: DitSettings
+    objective, age = staticmethod(loss), 0
 
     def __init__(self, settings: DitSettings, device: str = "cpu", code: LinearCode | None = None):
         super().__init__(settings, device, code)
@@ -64,8 +65,8 @@ class DitTrainer(NetTrainer):
         def cells(sigmas: Tensor) -> Tensor:
             return 1 + self.settings.shapes * shapes * (1 - sigmas).square()[:, None, :, None, None]
 
-        value = loss(self.net, clean, TextState(text), self.options, self.generator(), cells=cells)
+        value = self.objective(self.net, clean, TextState(text), self.options, self.generator(), cells=cells)
         value.backward()
         self.optimisers["optimiser"].step(self.rate())
-        self.average.update(self.net, self.clock.total)
+        self.average.update(self.net, self.clock.total + self.age)
         return self.noted({"loss": value})

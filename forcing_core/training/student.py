@@ -54,11 +54,11 @@ class StudentSettings(DistilSettings):
     steps: int = 1500
     critic_steps: int = 3
     ahead: int = 30
-    guidance: float = 0.3
+    guidance: float = 0.15
     critic_rate: float = 2.0
     real: float = 0.0
-    muon_lr: float = 0.002
-    adamw_lr: float = 4e-4
+    muon_lr: float = 0.001
+    adamw_lr: float = 2.5e-4
     average: float = 0.98
 
 
@@ -66,8 +66,6 @@ class StudentSettings(DistilSettings):
 class LongSettings(StudentSettings):
     frames: int = 63
     steps: int = 600
-    muon_lr: float = 0.001
-    adamw_lr: float = 2e-4
 
 
 QUICK = StudentSettings(frames=6, window=6, batch=2, lengths=(9, 21), steps=4, critic_steps=2, ahead=1, real=1.0,

@@ -49,7 +49,7 @@ class VaeSettings:
     l1: share of absolute error beside the squared one; noise: standard deviation on the decoder's input;
     pull: weight of staying near the code; average: decay of the averaged weights."""
 
-    dim: int = 12
+    dim: int = 8
     seed: int = 0
     batch: int = 4
     lengths: tuple[int, ...] = (17, 17, 33, 17, 17, 81)

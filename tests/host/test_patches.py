@@ -4,7 +4,7 @@ import collections
 import pytest
 import torch
 from forcing_pack.forcing_core.policies import WindowOptions
-from forcing_pack.nodes import host
+from forcing_pack.nodes import host_ops
 from forcing_testkit import hostkit, tiny
 from forcing_testkit.hostkit import TWO_STEPS, plain, relative, sample, sampler
 
@@ -127,7 +127,7 @@ def test_kernel_that_writes_to_its_keys_cannot_harm_the_store():
 
 def test_without_the_copy_that_kernel_does_harm(monkeypatch):
     """Shows that the test above can fail."""
-    monkeypatch.setattr(host, "_mutates_keys", lambda transformer_options: False)
+    monkeypatch.setattr(host_ops, "mutates_keys", lambda transformer_options: False)
     assert relative(sample(with_override(sage_one), sampler(), 12), sample(plain(), sampler(), 12)) > 10 * ROUNDING
 
 
@@ -141,7 +141,7 @@ def test_text_keys_survive_such_a_kernel_too(monkeypatch):
         return out
 
     assert torch.equal(sample(with_override(shifting), sampler(), 6), expected)
-    monkeypatch.setattr(host, "_mutates_keys", lambda transformer_options: False)
+    monkeypatch.setattr(host_ops, "mutates_keys", lambda transformer_options: False)
     assert not torch.equal(sample(with_override(shifting), sampler(), 6), expected)
 
 
@@ -151,9 +151,9 @@ def test_sageattention_1_is_known_to_write_to_its_keys(monkeypatch, name, versio
     """pip only finds 1.0.6; a copy for every other kernel would cost bandwidth for nothing."""
     kernel = lambda *args, **kwargs: None  # noqa: E731
     kernel.__name__ = name
-    monkeypatch.setattr(host.host_attention, "optimized_attention", kernel)
+    monkeypatch.setattr(host_ops.host_attention, "optimized_attention", kernel)
     monkeypatch.setattr("importlib.metadata.version", lambda package: version)
-    assert host._mutates_keys({}) is copies
+    assert host_ops.mutates_keys({}) is copies
 
 
 def test_replaced_cross_attention_is_honoured():
