@@ -25,12 +25,16 @@ TOOLS = PACK / "tests" / "tools"
 FRAMES = {"hello": 21, "self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 21, "causal_forcing_framewise_i2v": 21,
           "causal_forcing_pp_2step_t2v": 21, "longlive_30s": 120, "extend_video": 42, "low_vram_fp8": 21,
           "longlive_60s_prompts": 240, "multi_scene_story": 81, "rolling_forcing_30s": 120, "reward_forcing_60s": 240,
-          "deep_forcing_60s": 240, "compare_long_self_forcing": 60, "compare_micro": 42}
+          "deep_forcing_60s": 240, "compare_long_self_forcing": 60, "compare_micro": 42,
+          "endless_stream": 42, "resume_and_branch": 42, "video_continuation": 33, "restyle_video": 21}
 NAMES = sorted(FRAMES)
 # Decoding 30 s takes minutes on a CPU: 14 blocks, or 10, are still more than any window.
 SHORTER = {**dict.fromkeys(("longlive_30s", "longlive_60s_prompts", "multi_scene_story", "rolling_forcing_30s",
                             "reward_forcing_60s", "deep_forcing_60s"), (10.0, 42)), "compare_long_self_forcing": (7.5, 30)}
-BUNDLED = ("hello", "compare_micro")  # run as they are, with the bundled model
+# run as they are, with the bundled model
+BUNDLED = ("hello", "compare_micro", "endless_stream", "resume_and_branch", "video_continuation", "restyle_video")
+ENDLESS = 10.0  # seconds that an endless stream is stopped after
+ALIKE = {"resume_and_branch": 24}  # latent frames that the videos of a workflow have in common
 PAGE_NODES = {"MarkdownNote"}  # drawn by the page, unknown to the server
 TITLE = 30
 DROP_DOWN = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
@@ -348,15 +352,19 @@ def test_makes_its_video(ready_server, comfy_page, name, request):
     comfy_page.load_workflow(FOLDER / f"{name}.json")
     seconds, frames = SHORTER.get(name, (None, FRAMES[name]))
     prompt = comfy_page.graph_to_prompt()
+    for key in every(prompt, "ForcingStream"):
+        prompt[key]["inputs"]["length"] = prompt[key]["inputs"]["length"] or ENDLESS
     entry = ready_server.run(prompt if name in BUNDLED else without_encoder(prompt, seconds), timeout=280)
-    ends = set()
-    for key in every(prompt, "SaveVideo"):
+    seen = []
+    for key in every(prompt, "SaveVideo") + every(prompt, "ForcingStream"):
         video, = ready_server.files(entry, key)
         assert video.parent.name == "forcing" and video.suffix == ".mp4"
-        made = pictures(video, 256 if name in BUNDLED else 64)
-        assert len(made) == 1 + 4 * (frames - 1)
-        ends.add(made[-1].tobytes())
-    assert len(ends) == len(every(prompt, "SaveVideo"))
+        enlarged = name in BUNDLED and prompt[key]["class_type"] == "SaveVideo"
+        seen.append(pictures(video, 256 if enlarged else 64))
+        assert len(seen[-1]) == 1 + 4 * (frames - 1)
+    assert len({made[-1].tobytes() for made in seen}) == len(seen) > 0
+    for number in range(1 + 4 * (ALIKE.get(name, 0) - 1)):
+        assert max(abs(made[number].astype(int) - seen[0][number]).mean() for made in seen) < 2  # as far as the codec goes
 
 
 def test_plan_view_draws_without_sampling(ready_server, comfy_page):
