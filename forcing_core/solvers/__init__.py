@@ -4,8 +4,9 @@ A solver is a function (x, levels, predict, fresh) -> x0. `predict(x, level)` is
 at one level; `fresh(step)` is new noise mixed in after a step. All tensors are [B, C, n, H, W].
 """
 from .consistency import consistency
+from .dpm import dpm
 from .unipc import unipc
 
-SOLVERS = {"renoise": consistency, "unipc": unipc}
+SOLVERS = {"renoise": consistency, "unipc": unipc, "dpm": dpm}
 
-__all__ = ["SOLVERS", "consistency", "unipc"]
+__all__ = ["SOLVERS", "consistency", "dpm", "unipc"]
