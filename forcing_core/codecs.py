@@ -39,8 +39,11 @@ class Codec(Protocol):
     """exact: what is read is what was written, bit for bit.
 
     make: a buffer of shape [B, T, s, H, D] for numbers of `dtype`. write: frames x [B, n, s, H, D] into
-    neighbouring slots. read: the frames of these slots as [B, n*s, H, D]. bytes: of a buffer of this shape.
-    check: ForcingError where a device cannot do it.
+    neighbouring slots. read: the frames of these slots as [B, n*s, H, D]. pack, unpack: the same for a buffer that is
+    made of these numbers alone, and back, in any order of axes. bytes: of a buffer of this shape. check: ForcingError
+    where a device cannot do it.
+
+    Single tokens instead of frames are a buffer with s = 1, so that each has scales of its own and can be moved alone.
     """
 
     exact: bool
@@ -50,6 +53,10 @@ class Codec(Protocol):
     def write(self, buffer: Buffer, slots: slice, x: Tensor) -> None: ...
 
     def read(self, buffer: Buffer, runs: Sequence[slice]) -> Tensor: ...
+
+    def pack(self, x: Tensor) -> Buffer: ...
+
+    def unpack(self, buffer: Buffer) -> Tensor: ...
 
     def bytes(self, shape: Shape, element_size: int) -> int: ...
 
@@ -70,6 +77,12 @@ class Plain:
     def read(self, buffer: Tensor, runs: Sequence[slice]) -> Tensor:
         parts = [buffer[:, run] for run in runs]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x
+
+    def unpack(self, buffer: Tensor) -> Tensor:
+        return buffer
 
     def bytes(self, shape: Shape, element_size: int) -> int:
         return prod(shape) * element_size
@@ -99,11 +112,8 @@ class Scaled:
         return Packed(empty(shape, self.dtype), empty(self._scales(shape), dtype))
 
     def write(self, buffer: Packed, slots: slice, x: Tensor) -> None:
-        scale = (x.abs().amax(self.shared, keepdim=True) / self.largest).clamp_min(torch.finfo(x.dtype).tiny)
-        # divided by the scale as it is stored, in float32: a rounded quotient would be rounded twice
-        codes = (x.float() / scale.float()).clamp_(-self.largest, self.largest)
-        buffer.codes[:, slots] = self.encode(codes)
-        buffer.scale[:, slots] = scale
+        for kept, new in zip(buffer, self.pack(x)):
+            kept[:, slots] = new
 
     def read(self, buffer: Packed, runs: Sequence[slice]) -> Tensor:
         codes, scale = buffer
@@ -114,6 +124,17 @@ class Scaled:
             self.decode(codes[:, run], scale[:, run], out[:, done:end])
             done = end
         return out.flatten(1, 2)
+
+    def pack(self, x: Tensor) -> Packed:
+        scale = (x.abs().amax(self.shared, keepdim=True) / self.largest).clamp_min(torch.finfo(x.dtype).tiny)
+        # divided by the scale as it is stored, in float32: a rounded quotient would be rounded twice
+        codes = (x.float() / scale.float()).clamp_(-self.largest, self.largest)
+        return Packed(self.encode(codes), scale)
+
+    def unpack(self, buffer: Packed) -> Tensor:
+        out = torch.empty_like(buffer.codes, dtype=buffer.scale.dtype)
+        self.decode(*buffer, out)
+        return out
 
     def bytes(self, shape: Shape, element_size: int) -> int:
         return prod(shape) * self.dtype.itemsize + prod(self._scales(shape)) * element_size
@@ -146,3 +167,22 @@ CODECS: dict[str, Codec] = {
 def tensors(buffer: Buffer | None) -> tuple[Tensor, ...]:
     """What a buffer is made of; all have [B, T, ...]."""
     return () if buffer is None else (buffer,) if isinstance(buffer, Tensor) else tuple(buffer)
+
+
+def picked(buffer: Buffer, pick: Callable[[Tensor], Tensor]) -> Buffer:
+    """The buffer that is left when `pick` chose from each of its tensors, codes and scales alike: nothing is rounded.
+
+    pick only moves numbers, so it may be shown others of the same size.
+    """
+    return Packed(*(picked(t, pick) for t in buffer)) if isinstance(buffer, Packed) else pick(bits(buffer)).view(buffer.dtype)
+
+
+def sample(buffer: Buffer, index: int) -> Buffer:
+    """A view of one sample of a batch, [1, T, ...]."""
+    here = slice(index, index + 1)
+    return Packed(*(t[here] for t in buffer)) if isinstance(buffer, Packed) else buffer[here]
+
+
+def bits(t: Tensor) -> Tensor:
+    """The same memory as numbers that every device can index: float8 cannot be."""
+    return t.view(torch.uint8) if t.is_floating_point() and t.element_size() == 1 else t

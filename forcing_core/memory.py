@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import ForcingError
 from .passes import Pass
-from .plan import Call, Phase, Plan
+from .plan import REFERENCE, Call, Phase, Plan
 from .policies import Policy, build
 from .policies.base import storage_of
 from .rope import Rope
@@ -26,18 +26,26 @@ class Memory:
     store: Store
     rope: Rope
     jumps: dict[int, int] = field(default_factory=dict)  # first frame of a call -> temporal positions further away
+    ahead: int = 0  # newest frames of every noisy pass that belong to the next block: attended to, never stored
 
     def begin(self, first: int, frames: int, phase: Phase, sigma: float = 0.0) -> Pass:
-        call = Call(first, frames, phase, self.store.frames, sigma)
+        beyond = self.ahead if phase == "noisy" else 0
+        call = Call(first, frames - beyond, phase, self.store.frames, sigma, self.ahead)
         make = getattr(self.policy, "make_pass", Pass)
         plan = self.policy.plan(call)
+        if beyond:
+            plan, call = _beyond(plan, call, beyond), replace(call, frames=frames)
         if first in self.jumps and phase != "recache":
             plan = _jumped(plan, call.span, self.jumps[first])
         return make(plan, call, self.store, self.rope)
 
     def forget(self) -> None:
-        """Drop every frame (a recache that also renews the sink starts with this)."""
-        self.store.clear()
+        """Drop every frame but a reference (a recache that also renews the sink starts with this)."""
+        kept = [frame for frame in self.store.frames if frame >= REFERENCE]
+        if kept:
+            self.store.keep(kept)
+        else:
+            self.store.clear()
 
     def flush(self, last: int) -> None:
         """Drop every frame but the sink and the newest `last` ones (KV flush of arXiv 2511.20649)."""
@@ -49,6 +57,11 @@ class Memory:
         (RoPE cut of arXiv 2511.20649). The blocks after it find it where it belongs."""
         can_jump(self.policy)
         self.jumps[first] = distance
+
+    def turned(self) -> None:
+        """Another prompt rules from the next pass on: word for a policy that chooses by prompt."""
+        if hasattr(self.policy, "turned"):
+            self.policy.turned()
 
     def free(self) -> None:
         self.store.free()
@@ -67,9 +80,15 @@ class Memory:
         self.jumps = saved.pairs("jumps")
 
 
+def _beyond(plan: Plan, call: Call, frames: int) -> Plan:
+    """The same plan with so many frames behind the call's own ones, which are attended to without being stored."""
+    own = tuple(range(call.first + call.frames, call.first + call.frames + frames))
+    return replace(plan, own=plan.own + own, query=plan.query + tuple(plan.query[-1] + 1 + i for i in range(frames)))
+
+
 def _jumped(plan: Plan, span: tuple[int, ...], distance: int) -> Plan:
-    """The same plan with the call's own frames `distance` positions later."""
-    moved = tuple(p + distance * (frame in span) for frame, p in zip(plan.read, plan.positions))
+    """The same plan with the call's own frames, and a reference, `distance` positions later."""
+    moved = tuple(p + distance * (frame in span or frame >= REFERENCE) for frame, p in zip(plan.read, plan.positions))
     return replace(plan, positions=moved, query=tuple(p + distance for p in plan.query))
 
 
@@ -89,18 +108,19 @@ def can_jump(policy: Policy) -> None:
 
 
 def make_memory(options, frames: int, *, layers: int, grid: tuple[int, int], head_dim: int, device,
-                heads: int | None = None) -> Memory:
+                heads: int | None = None, ahead: int = 0, matrices: bool = False) -> Memory:
     """An empty memory for one condition of a video of `frames` latent frames.
 
     options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame. heads: of the network, only
-    wanted where their positions differ. Raises ForcingError for a kind of store that the device cannot do.
+    wanted where their positions differ. ahead: latent frames of a knot. matrices: as in `Rope`. Raises ForcingError for a
+    kind of store that the device cannot do.
     """
     policy, storage = build(options, frames), storage_of(options)
     storage.coder.check(device)
     make = getattr(policy, "make_store", Store)
     variant = {} if storage == PLAIN else {"storage": storage}
     return Memory(policy, make(layers, policy.capacity, grid[0] * grid[1], policy.keys, **variant),
-                  Rope(grid, head_dim, device, _bases(policy, heads)))
+                  Rope(grid, head_dim, device, _bases(policy, heads), matrices), ahead=ahead)
 
 
 def _bases(policy: Policy, heads: int | None) -> tuple[float, ...]:
@@ -120,4 +140,7 @@ def memory_bytes(policy: Policy, storage: Storage = PLAIN, **sizes: int) -> int:
 
 def memory_host_bytes(policy: Policy, storage: Storage = PLAIN, **sizes: int) -> int:
     """Exact bytes of host memory that it will take beside them: none unless it is offloaded."""
-    return store_host_bytes(capacity=policy.capacity, keys=policy.keys, storage=storage, **sizes) if storage.offload else 0
+    if not storage.offload:
+        return 0
+    count = getattr(policy, "store_host_bytes", None)
+    return count(**sizes) if count else store_host_bytes(capacity=policy.capacity, keys=policy.keys, storage=storage, **sizes)

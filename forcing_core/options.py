@@ -6,8 +6,9 @@ from typing import Any, Sequence
 
 from .errors import ForcingError
 from .plan import Block, layout
-from .policies import KINDS, WindowOptions
+from .policies import KINDS, ReferenceOptions, WindowOptions
 from .presets import POLICIES, Preset
+from .rollout.knot import Knot
 from .schedule import Level, levels, unipc_levels
 
 # How a sigma of the graph becomes the timestep that the network is told.
@@ -26,7 +27,10 @@ class RolloutOptions:
     of TIMESTEPS. solver: "renoise" or "unipc". noise: "block" (keyed by seed, block and step), "comfy"
     (core's numbers) or "reference" (the official order). allow_tail: a shorter last block. expected: sigmas
     that the chosen system was trained on; others are refused. guided: made for classifier-free guidance.
-    keep_on_interrupt: return finished blocks when the user interrupts.
+    keep_on_interrupt: return finished blocks when the user interrupts. knot: latent frames that neighbouring blocks share.
+    joined: make the clean pass of a block and the first noisy one of the next in one forward, where the memory allows it.
+
+    Raises ForcingError for a knot that does not go with the rest.
     """
 
     system: str = ""
@@ -42,10 +46,23 @@ class RolloutOptions:
     expected: tuple[float, ...] | None = None
     guided: bool = False
     keep_on_interrupt: bool = False
+    knot: Knot = Knot()
+    joined: bool = False
 
     def __post_init__(self):
         # the policy plans in blocks of the sampler, whatever the cache node was built for
         object.__setattr__(self, "cache", replace(self.cache, block=self.block))
+        self.knot.check(self.cache, self.noise)
+
+    @property
+    def rollout(self) -> str:
+        """Key of `rollout.ROLLOUTS`."""
+        return "knot" if self.knot.frames or isinstance(self.cache, ReferenceOptions) else self.cache.rollout
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What `rollout.calls` asks about a knot rollout beside the rest."""
+        return {"ahead": self.knot.frames, "over": self.cache.rollout}
 
 
 def levels_of(preset: Preset) -> tuple[Level, ...]:

@@ -7,6 +7,7 @@ from typing import Literal
 from .errors import ForcingError
 
 Phase = Literal["noisy", "clean", "recache"]
+REFERENCE = 1 << 39  # number of a reference's first latent frame: outside of any video, and never forgotten
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Call:
     leaves the final keys and values), "recache" (clean frames replayed under a new prompt).
     held: source frames the store holds now, in temporal order. A call is the first of its block exactly when
     its frames are not held yet, so nobody needs a step number. sigma: noise level (0..1) of its noisiest frame.
+    ahead: frames behind those of the block that its noisy passes also hold (the knot), not counted in `frames`.
     """
 
     first: int
@@ -37,6 +39,7 @@ class Call:
     phase: Phase
     held: tuple[int, ...] = ()
     sigma: float = 0.0
+    ahead: int = 0
 
     @property
     def span(self) -> tuple[int, ...]:

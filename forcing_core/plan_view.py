@@ -26,7 +26,7 @@ ROWS, COLUMNS = 24, 96  # most rows and columns that are drawn; longer videos ar
 COLOURS = {"block": (217, 95, 46), "past": (84, 134, 188), "sink": (38, 128, 112), "given": (226, 178, 62),
            "kept": (176, 196, 218), "tokens": (160, 142, 192), "evicted": (226, 226, 222), "future": PAPER}
 LEGEND = {"block": "block being made", "past": "past in the window", "sink": "sink", "given": "given",
-          "kept": "stored, not read", "tokens": "single tokens kept", "evicted": "evicted"}
+          "kept": "stored, not read", "tokens": "single or merged tokens kept", "evicted": "evicted"}
 FAINT, FAR = (150, 150, 150), 64  # distances beyond FAR are drawn on a square-root axis
 
 
@@ -34,7 +34,7 @@ FAINT, FAR = (150, 150, 150), 64  # distances beyond FAR are drawn on a square-r
 class Row:
     """The first forward of one block, or a joint one of a whole window of blocks: source frames it reads, their
     temporal positions, positions of its own frames, the frames dropped since the row before, which of the read
-    frames are sinks, which stored ones it does not read, and of which evicted ones single tokens may be left."""
+    frames are sinks, which stored ones it does not read, and of which evicted ones tokens may be left, single or merged."""
 
     block: Block
     read: tuple[int, ...]
@@ -114,7 +114,8 @@ def simulate(options, frames: int, *, block: int | None = None, given: int = 0, 
     rows: list[Row] = []
     held: tuple[int, ...] = ()
     gone: tuple[int, ...] = ()
-    left: list[tuple[int, ...]] = []  # by eviction: a policy may keep single tokens of the last few
+    lingering = getattr(policy, "lingering", lambda evictions: ())
+    left: list[tuple[int, ...]] = []  # by eviction: a policy may keep tokens of what left
     last: Call | None = None
     for call in calls(options.rollout, blocks, steps, given=given, block=size, independent_first=independent_first,
                       window=policy.capacity):
@@ -125,8 +126,7 @@ def simulate(options, frames: int, *, block: int | None = None, given: int = 0, 
         gone += plan.evict
         left += [plan.evict] * bool(plan.evict)
         if call.phase == "noisy":
-            lingering = left[max(0, len(left) - getattr(policy, "lingers", 0)):]
-            rows.append(replace(_row(len(rows), call, plan, held, gone, sink), tokens=sum(lingering, ())))
+            rows.append(replace(_row(len(rows), call, plan, held, gone, sink), tokens=tuple(lingering(left))))
             gone = ()
     unit = "window" if options.rollout == "rolling" else "block"
     return PlanTable(options, frames, given, policy.capacity, policy.keys, tuple(rows), unit)

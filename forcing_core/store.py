@@ -18,62 +18,21 @@ would be half of what the codec saves.
 """
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import partial
 from typing import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .codecs import CODECS, Buffer, Codec, Empty, tensors
+from .buffers import PLAIN, Buffered, Keys, Layer, Storage
+from .codecs import Codec
 from .errors import ForcingError
-from .offload import STAGES, Stages, pinned
+from .offload import STAGES, Stages
 from .plan import Plan
 from .rope import Rope, rotate
 from .saved import LARGEST, OTHER_LENGTH, Saved, Tree
-
-
-class Keys(Enum):
-    ROPED = "roped"
-    BOTH = "both"
-    RAW = "raw"
-
-    @property
-    def tensors(self) -> int:
-        """Buffers a layer, values included."""
-        return 3 if self is Keys.BOTH else 2
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a store keeps its frames. codec: key of `codecs.CODECS`. dense: newest latent frames that are also kept in
-    the compute dtype and read from there. offload: the buffers live in host memory, two layers on the device.
-
-    Raises ForcingError for what does not exist or makes no sense.
-    """
-
-    codec: str = "model"
-    dense: int = 0
-    offload: bool = False
-
-    def __post_init__(self):
-        if self.codec not in CODECS:
-            raise ForcingError(f"store = {self.codec!r} is not known. Use one of {', '.join(CODECS)}.")
-        if self.dense < 0 or (self.dense and self.coder.exact):
-            raise ForcingError(f"dense = {self.dense} with store {self.codec!r} makes no sense. Use dense 0, or a positive "
-                               "number of frames with store int8 or fp8.")
-
-    @property
-    def coder(self) -> Codec:
-        return CODECS[self.codec]
-
-    def keys(self, wanted: Keys) -> Keys:
-        """The arrangement in use where a policy needs `wanted`."""
-        return Keys.RAW if wanted is Keys.BOTH and not self.coder.exact else wanted
-
-
-PLAIN = Storage()
 
 
 def store_bytes(*, layers: int, capacity: int, frame_tokens: int, dim: int, batch: int, element_size: int,
@@ -98,19 +57,7 @@ def _layer_bytes(capacity: int, *, frame_tokens: int, dim: int, batch: int, elem
 
 
 @dataclass
-class _Layer:
-    """Buffers of one layer, each [B, capacity, tokens, H, D]. `raw` or `roped` is None by arrangement."""
-
-    v: Buffer
-    raw: Buffer | None
-    roped: Buffer | None
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tensors(self.v) + tensors(self.raw) + tensors(self.roped)
-
-
-@dataclass
-class Store:
+class Store(Buffered):
     """KV store of one condition.
 
     layers: number of transformer blocks; capacity: slots in latent frames; frame_tokens: tokens a frame.
@@ -129,7 +76,7 @@ class Store:
     positions: dict[int, int] = field(default_factory=dict)
     storage: Storage = PLAIN
     newest: Store | None = field(init=False, repr=False, default=None)
-    _data: list[_Layer | None] = field(init=False, repr=False)
+    _data: list[Layer | None] = field(init=False, repr=False)
     _stages: Stages | None = field(init=False, repr=False, default=None)
     _used: int = field(init=False, repr=False, default=0)  # slots that ever held a frame are the first so many
 
@@ -147,16 +94,7 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes of the device allocated now."""
-        here = self._stages.nbytes if self._stages else 0 if self.storage.offload else self._data_bytes()
-        return here + (self.newest.nbytes if self.newest else 0)
-
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes of host memory allocated now beside them, by an offloaded store."""
-        return self._data_bytes() if self.storage.offload else 0
-
-    def _data_bytes(self) -> int:
-        return sum(t.nbytes for data in self._data if data for t in data.tensors())
+        return self._resident_bytes() + (self.newest.nbytes if self.newest else 0)
 
     def clear(self) -> None:
         """Forget every frame; the buffers stay."""
@@ -196,9 +134,13 @@ class Store:
                 self.slots[frame] = slot
                 self._used = max(self._used, slot + 1)
         if self.newest:
-            latest = self.frames[-self.newest.capacity:]
+            latest = self._recent()[-self.newest.capacity:]
             self.newest.keep(latest)
             self.newest.place(replace(plan, evict=(), write=tuple(f for f in plan.write if f in latest)))
+
+    def _recent(self) -> tuple[int, ...]:
+        """The frames whose newest ones `newest` may hold, in temporal order."""
+        return self.frames
 
     def write(self, layer: int, frames: tuple[int, ...], raw: Tensor, roped: Tensor, v: Tensor) -> None:
         """Keep keys and values [B, len(frames)*tokens, H, D] of these placed frames."""
@@ -260,6 +202,13 @@ class Store:
             return tuple(sorted(frames, key=self.slots.__getitem__))
         return tuple(sorted(frames, key=lambda f: (f in self.newest.slots, self.slots[f])))
 
+    def held(self) -> Store:
+        """The same buffers with the bookkeeping of now, which later passes do not change."""
+        view = copy.copy(self)
+        view.slots, view.positions = dict(self.slots), dict(self.positions)
+        view.newest = self.newest.held() if self.newest else None
+        return view
+
     def settle(self, plan: Plan) -> None:
         """After the last layer: remember at which position every read frame's rotated key now stands."""
         self.positions.update(zip(plan.read, plan.positions))
@@ -302,29 +251,11 @@ class Store:
                 yield start, i, self.slots[frames[start]]
                 start = i
 
-    def _layer(self, layer: int, like: Tensor) -> _Layer:
+    def _layer(self, layer: int, like: Tensor) -> Layer:
         """The buffers of a layer, allocated at their first use."""
         self._reserve(layer, like)
         return self._at(layer)
 
-    def _reserve(self, layer: int, like: Tensor) -> None:
-        if self._data[layer] is None:
-            batch, _, heads, head_dim = like.shape
-            make = partial(self._make, (batch, self.capacity, self.frame_tokens, heads, head_dim), like.dtype)
-            here = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=like.device)  # noqa: E731
-            self._data[layer] = make(pinned(like.device) if self.storage.offload else here)
-            if self.storage.offload and self._stages is None:
-                self._stages = Stages(like.device, partial(make, here))
-
-    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, empty: Empty) -> _Layer:
-        buffer = lambda: self._codec.make(shape, dtype, empty)  # noqa: E731
-        return _Layer(v=buffer(), raw=None if self.keys is Keys.ROPED else buffer(),
-                      roped=None if self.keys is Keys.RAW else buffer())
-
-    def _at(self, layer: int) -> _Layer:
-        """The buffers of a layer where they can be worked on."""
-        return self._data[layer] if self._stages is None else self._stages.enter(layer, self._data, slice(self._used))
-
-    def _written(self, layer: int, slots: slice) -> None:
-        if self._stages is not None:
-            self._stages.keep(self._data[layer], slots)
+    def _shape(self, like: Tensor) -> tuple[int, ...]:
+        batch, _, heads, head_dim = like.shape
+        return batch, self.capacity, self.frame_tokens, heads, head_dim

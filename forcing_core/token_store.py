@@ -5,79 +5,35 @@ Axis legend: B batch, T = capacity * frame_tokens, C = room * frame_tokens, n to
 A layer's buffers have no gaps: [ sink frames | chosen tokens | other frames ], so what is read is a view. Choosing
 moves the few frames that stay. Which tokens were chosen differs by layer and sample, so where they come from is in
 tensors; everything else is Python shared by all layers.
+
+For the codec every token is a frame of one token: it has scales of its own, which move along with it, so that no number
+is rounded twice. With offload the buffers travel as those of `store.Store` do; the notes on tokens stay on the device.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Iterator
 
 import torch
 from torch import Tensor
 
+from .buffers import PLAIN, Buffered, Keys, Layer, Storage
+from .codecs import picked, tensors
 from .errors import ForcingError
+from .offload import Stages
 from .plan import Plan
 from .rope import Rope, rotate
 from .saved import LARGEST, OTHER_LENGTH, Saved, Tree
-from .store import Keys
-
-FRAME, CELL, TIMES = range(3)  # rows of `_Layer.marks`
-
-
-@dataclass(frozen=True)
-class Choice:
-    """sink: leading frames that stay whole. room: frames' worth of tokens that are chosen. recent: newest frames
-    that stay whole; their queries are what tokens are ranked by. cap: how often one token may be chosen at most."""
-
-    sink: int
-    room: int
-    recent: int
-    cap: int | None
-
-
-@dataclass(frozen=True)
-class Stand:
-    """Where chosen tokens stand in time: at their own source frame less `over`, or, where `first` is given, in order
-    from that position on, one frame's worth of tokens at each."""
-
-    over: int = 0
-    first: int | None = None
+from .store import Store
+from .token_notes import CELL, FRAME, TIMES, Choice, Notes, Stand, dense_frames
 
 
 @dataclass
-class _Layer:
-    """v, raw, roped: [B, T, H, D], `roped` None for Keys.RAW. marks: int32 [B, 3, C], source frame of a chosen
-    token, its place in the frame, how often it was chosen. queries: float32 [B, recent, H, D], the sum of each of
-    the last frames' rotated queries. chosen: tokens chosen now."""
-
-    v: Tensor
-    raw: Tensor
-    roped: Tensor | None
-    marks: Tensor
-    queries: Tensor
-    chosen: int = 0
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (*self.buffers, self.marks, self.queries)
-
-    @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        return tuple(t for t in (self.v, self.raw, self.roped) if t is not None)
-
-
-def token_store_bytes(choice: Choice, *, layers: int, capacity: int, frame_tokens: int, dim: int, batch: int,
-                      element_size: int, keys: Keys) -> int:
-    """Bytes that a `TokenStore` takes once its first frame is written; constant in video length."""
-    tokens = capacity * frame_tokens * dim * element_size * keys.tensors
-    return layers * batch * (tokens + 3 * choice.room * frame_tokens * 4 + choice.recent * dim * 4)
-
-
-@dataclass
-class TokenStore:
+class TokenStore(Buffered):
     """Store of one condition; what it has in common with `store.Store` is called the same there.
 
     keys: Keys.BOTH or Keys.RAW. frames: the whole frames held. Order of work for a layer, made by the pass:
-    observe -> choose (where the plan evicts) -> write -> align -> read.
+    observe -> choose (where the plan evicts) -> write -> align -> read. newest: as in `store.Store`.
     """
 
     layers: int
@@ -87,43 +43,56 @@ class TokenStore:
     choice: Choice
     frames: tuple[int, ...] = ()
     positions: dict[int, int] = field(default_factory=dict)
+    storage: Storage = PLAIN
+    newest: Store | None = field(init=False, repr=False, default=None)
     _before: int = 0  # frames held before this pass
     _gone: dict[int, int] = field(default_factory=dict)  # frames that it evicts -> where their keys stand
     _stand: Stand = Stand()
-    _data: list[_Layer | None] = field(init=False, repr=False)
+    _data: list[Layer | None] = field(init=False, repr=False)
+    _notes: list[Notes | None] = field(init=False, repr=False)
+    _stages: Stages | None = field(init=False, repr=False, default=None)
+    _used: int = field(init=False, repr=False, default=0)  # tokens that some layer ever held
 
     def __post_init__(self):
-        self._data = [None] * self.layers
+        self.keys, self._codec = self.storage.keys(self.keys), self.storage.coder
+        self._data, self._notes = [None] * self.layers, [None] * self.layers
+        dense = dense_frames(self.storage, self.choice, self.capacity)
+        if dense:
+            self.newest = Store(self.layers, dense, self.frame_tokens, self.keys)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
-        return sum(t.nbytes for data in self._data if data for t in data.tensors)
+        """Bytes of the device allocated now."""
+        notes = sum(notes.nbytes for notes in self._notes if notes)
+        return self._resident_bytes() + notes + (self.newest.nbytes if self.newest else 0)
 
     def clear(self) -> None:
         """Forget every frame, token and query; the buffers stay."""
         self.frames, self._before, self._gone, self._stand = (), 0, {}, Stand()
         self.positions.clear()
-        for data in filter(None, self._data):
-            data.chosen = 0
-            data.queries.zero_()
+        for notes in filter(None, self._notes):
+            notes.clear()
+        if self.newest:
+            self.newest.clear()
 
     def free(self) -> None:
         """Forget everything and drop the buffers."""
-        self._data = [None] * self.layers
+        self._data, self._notes, self._stages, self._used = [None] * self.layers, [None] * self.layers, None, 0
+        if self.newest:
+            self.newest.free()
         self.clear()
 
     def state(self) -> Tree:
         """As of `store.Store`."""
         tree = {"kind": [type(self).__name__, self.keys.value], "frames": list(self.frames),
                 "positions": sorted(map(list, self.positions.items())), "over": self._stand.over, "behind": self._stand.first}
-        for layer, data in enumerate(self._data):
+        if self._stages is not None:
+            self._stages.finish()
+        for layer, (data, notes) in enumerate(zip(self._data, self._notes)):
             if data is not None:
-                stop = data.chosen + len(self.frames) * self.frame_tokens
-                tree[f"layer {layer}"] = {"chosen": data.chosen, "marks": data.marks[:, :, :data.chosen],
-                                          "queries": data.queries,
-                                          **{str(i): t[:, :stop] for i, t in enumerate(data.buffers)}}
-        return tree
+                tree[f"layer {layer}"] = notes.state() | {str(i): t[:, :self._stop(layer), 0]
+                                                          for i, t in enumerate(data.tensors())}
+        return tree | ({"newest": self.newest.state()} if self.newest else {})
 
     def load(self, saved: Saved, like: Tensor) -> None:
         """As of `store.Store`."""
@@ -133,22 +102,21 @@ class TokenStore:
             raise ForcingError("The frames of the snapshot contradict each other. Take an earlier or another snapshot.")
         self._stand = Stand(saved.integer("over", 0, LARGEST), saved.optional("behind", -LARGEST, LARGEST))
         for layer in range(self.layers if self.frames else 0):
-            self._load_layer(self._layer(layer, like), saved.part(f"layer {layer}"))
+            self._reserve(layer, like)
+            self._load_layer(layer, saved.part(f"layer {layer}"))
+        if self.newest:
+            self.newest.load(saved.part("newest"), like)
+            if self.newest.frames != self._latest():
+                raise ForcingError("The frames of the snapshot contradict each other. Take an earlier or another snapshot.")
 
-    def _load_layer(self, data: _Layer, saved: Saved) -> None:
-        room = min(self.choice.room, self.capacity - len(self.frames))
-        most = room * self.frame_tokens if len(self.frames) > self.choice.sink else 0
-        data.chosen = saved.integer("chosen", 0, most + 1)
-        for i, t in enumerate(data.buffers):
-            saved.fill(str(i), t[:, :data.chosen + len(self.frames) * self.frame_tokens])
-        saved.fill("queries", data.queries)
-        marks, first = data.marks[:, :, :data.chosen], self.frames[:self.choice.sink]
-        saved.fill("marks", marks, 0)
-        frames, cells = marks[:, FRAME], marks[:, CELL]
-        # tables of rotations are looked up by these
-        if data.chosen and not (cells.max() < self.frame_tokens and frames.min() > first[-1]
-                                and frames.max() < self.frames[len(first)]):
-            raise ForcingError("The tokens of the snapshot contradict its frames. Take an earlier or another snapshot.")
+    def _load_layer(self, layer: int, saved: Saved) -> None:
+        room, first = min(self.choice.room, self.capacity - len(self.frames)), self.frames[:self.choice.sink]
+        behind = self.frames[len(first):]
+        self._notes[layer].load(saved, room * self.frame_tokens if behind else 0, self.frame_tokens, first[-1],
+                                behind[0] if behind else LARGEST)
+        self._used = max(self._used, self._stop(layer))
+        for i, t in enumerate(self._data[layer].tensors()):
+            saved.fill(str(i), t[:, :self._stop(layer), 0])
 
     def place(self, plan: Plan) -> None:
         """Take the frames of a plan in. What it evicts, `choose` turns into tokens, layer by layer."""
@@ -159,14 +127,20 @@ class TokenStore:
         if len(self.frames) > self.capacity:
             raise ForcingError(f"The store holds {self.capacity} frames and cannot take {len(self.frames)}. "
                                "Use a larger window or a shorter video.")
+        if self.newest:
+            latest = self._latest()
+            self.newest.keep(latest)
+            self.newest.place(replace(plan, evict=(), write=tuple(f for f in plan.write if f in latest)))
+
+    def _latest(self) -> tuple[int, ...]:
+        """The frames that `newest` holds."""
+        return self.frames[self.choice.sink:][-self.newest.capacity:]
 
     def observe(self, layer: int, q: Tensor, over: int, rope: Rope) -> None:
         """Remember the queries of a call's frames, rotated q [B, frames*tokens, H, D], as one sum a frame, turned
         to absolute time. Every call counts, repeated ones too."""
-        data = self._layer(layer, q)
-        sums = q.unflatten(1, (-1, self.frame_tokens)).sum(2, dtype=torch.float32)
-        sums = torch.cat([data.queries, _later(sums, over, rope)], dim=1)
-        data.queries.copy_(sums[:, -self.choice.recent:])
+        self._reserve(layer, q)
+        self._notes[layer].observe(q, self.frame_tokens, over, rope)
 
     def choose(self, layer: int, rope: Rope) -> None:
         """Turn the frames that the plan evicted into their best tokens, of those and of the tokens chosen before.
@@ -174,76 +148,92 @@ class TokenStore:
         A token's score is the product of its rotated key with the sum of the last queries, over all heads together, in
         float32 (the published code rounds it to the compute dtype). Equal scores go by age, so every run chooses alike.
         """
-        data, cap, size = self._data[layer], self.choice.cap, self.frame_tokens
+        data, notes, cap, size = self._at(layer), self._notes[layer], self.choice.cap, self.frame_tokens
         start = self.choice.sink * size
-        end = start + data.chosen + len(self._gone) * size
-        stop = data.chosen + self._before * size
-        marks = torch.cat([data.marks[:, :, :data.chosen], self._fresh(data.marks)], dim=2)
+        end = start + notes.chosen + len(self._gone) * size
+        stop = notes.chosen + self._before * size
+        marks = notes.candidates([*self._gone], size)
         free = marks[:, TIMES] < (torch.iinfo(marks.dtype).max if cap is None else cap)
-        best = _best(self._scores(data, slice(start, end), rope), free, self._count(free))
+        best = _best(self._scores(layer, slice(start, end), rope), free, self._count(free))
+        stay = torch.arange(end - start, stop - start, device=best.device).expand(len(best), -1)
+        moved = torch.cat([best, stay], dim=1)[..., None, None, None]
+        here = slice(start, start + moved.shape[1])
         for buffer in filter(lambda t: t is not None, (data.v, data.raw, data.roped)):
-            tokens = buffer[:, start:end].gather(1, best[..., None, None].expand(-1, -1, *buffer.shape[2:]))
-            kept = torch.cat([tokens, buffer[:, end:stop]], dim=1)
-            buffer[:, start:start + kept.shape[1]] = kept
-        data.chosen = best.shape[1]
-        data.marks[:, :, :data.chosen] = marks.gather(2, best[:, None].expand(-1, 3, -1))
-        data.marks[:, TIMES] += 1
+            kept = picked(buffer, lambda t: t[:, start:stop].gather(1, moved.expand(-1, -1, *t.shape[2:])))
+            for old, new in zip(tensors(buffer), tensors(kept)):
+                old[:, here] = new
+        self._written(layer, here)
+        notes.take(marks, best)
 
     def write(self, layer: int, frames: tuple[int, ...], raw: Tensor, roped: Tensor, v: Tensor) -> None:
         """Keep keys and values [B, len(frames)*tokens, H, D] of these placed frames."""
-        data, size = self._layer(layer, raw), self.frame_tokens
-        for first, last, at in self._runs(data, frames):
+        data, size = self._at(layer), self.frame_tokens
+        self._used = max(self._used, self._stop(layer))
+        for first, last, at in self._runs(layer, frames):
             here, these = slice(at, at + (last - first) * size), slice(first * size, last * size)
             for buffer, new in ((data.v, v), (data.raw, raw), (data.roped, roped)):
                 if buffer is not None:
-                    buffer[:, here] = new[:, these]
+                    self._codec.write(buffer, here, new[:, these, None])
+            self._written(layer, here)
+        mine = [i for i, frame in enumerate(frames) if self.newest and frame in self.newest.slots]
+        if mine:
+            new = (t.unflatten(1, (-1, size))[:, mine].flatten(1, 2) for t in (raw, roped, v))
+            self.newest.write(layer, tuple(frames[i] for i in mine), *new)
 
     def align(self, layer: int, plan: Plan, stand: Stand, rope: Rope) -> None:
         """Re-rotate what stands elsewhere in time than its rotated key does."""
-        data, size = self._data[layer], self.frame_tokens
-        if data.roped is None:
+        if self.keys is Keys.RAW:
             return
+        data, size = self._at(layer), self.frame_tokens
         moved = {f: p for f, p in zip(plan.read, plan.positions) if self.positions.get(f, p) != p}
-        for first, last, at in self._runs(data, tuple(moved)):
+        for first, last, at in self._runs(layer, tuple(moved)):
             here = slice(at, at + (last - first) * size)
-            data.roped[:, here] = rotate(data.raw[:, here], rope.table(list(moved.values())[first:last]))
+            self._turn(layer, data, here, rotate(self._raw(data, here), rope.table(list(moved.values())[first:last])))
         if stand != self._stand or (plan.evict and stand.first is not None):
-            here = self._chosen(data)
-            data.roped[:, here] = self._turned(data, stand, rope)
+            self._turn(layer, data, self._chosen(layer), self._turned(layer, stand, rope))
+
+    def _turn(self, layer: int, data: Layer, here: slice, keys: Tensor) -> None:
+        self._codec.write(data.roped, here, keys[:, :, None])
+        self._written(layer, here)
 
     def read(self, layer: int, plan: Plan, stand: Stand, rope: Rope) -> tuple[Tensor, Tensor]:
-        """(rotated keys, values) of everything held, [B, n, H, D] each. The keys may alias the store."""
-        data = self._data[layer]
-        stop = data.chosen + len(self.frames) * self.frame_tokens
-        if data.roped is not None:
-            return data.roped[:, :stop], data.v[:, :stop]
-        sink, here = self.choice.sink, self._chosen(data)
-        pieces = ((slice(0, here.start), plan.positions[:sink]), (slice(here.stop, stop), plan.positions[sink:]))
-        sink, rest = (rotate(data.raw[:, part], rope.table(positions)) if positions else data.raw[:, part]
+        """(rotated keys, values) of everything held, [B, n, H, D] each, dense frames last. They may alias the store, and
+        are gone when the next layer has begun (with offload)."""
+        dense = [f for f in plan.read if self.newest and f in self.newest.slots]
+        at, older = dict(zip(plan.read, plan.positions)), len(plan.read) - len(dense)
+        data, stop = self._at(layer), self._stop(layer) - len(dense) * self.frame_tokens
+        keys, v = self._keys(layer, plan.positions[:older], stop, stand, rope), self._codec.read(data.v, [slice(0, stop)])
+        if not dense:
+            return keys, v
+        where = replace(plan, read=tuple(dense), positions=tuple(at[f] for f in dense))
+        return tuple(torch.cat(pair, dim=1) for pair in zip((keys, v), self.newest.read(layer, where, rope)))
+
+    def _keys(self, layer: int, positions: tuple[int, ...], stop: int, stand: Stand, rope: Rope) -> Tensor:
+        """Rotated keys [B, stop, H, D] of the leading tokens; positions: of the whole frames among them."""
+        data = self._at(layer)
+        if self.keys is not Keys.RAW:
+            return self._codec.read(data.roped, [slice(0, stop)])
+        sink, here = self.choice.sink, self._chosen(layer)
+        pieces = ((slice(0, here.start), positions[:sink]), (slice(here.stop, stop), positions[sink:]))
+        sink, rest = (rotate(self._raw(data, part), rope.table(positions)) if positions else self._raw(data, part)
                       for part, positions in pieces)
-        return torch.cat([sink, self._turned(data, stand, rope), rest], dim=1), data.v[:, :stop]
+        return torch.cat([sink, self._turned(layer, stand, rope), rest], dim=1)
 
     def settle(self, plan: Plan, stand: Stand) -> None:
         """After the last layer: remember where in time everything now stands."""
         self.positions.update(zip(plan.read, plan.positions))
         self._stand = stand
 
-    def _scores(self, data: _Layer, candidates: slice, rope: Rope) -> Tensor:
+    def _scores(self, layer: int, candidates: slice, rope: Rope) -> Tensor:
         """float32 [B, n] of the candidates. Their scale is left out: it changes no order."""
-        if data.roped is not None:
-            keys = data.roped[:, candidates]
+        data, notes = self._at(layer), self._notes[layer]
+        if self.keys is not Keys.RAW:
+            keys = self._codec.read(data.roped, [candidates])
         else:
-            new = data.raw[:, candidates.start + data.chosen:candidates.stop]
-            keys = torch.cat([self._turned(data, self._stand, rope),
+            new = self._raw(data, slice(candidates.start + notes.chosen, candidates.stop))
+            keys = torch.cat([self._turned(layer, self._stand, rope),
                               rotate(new, rope.table(list(self._gone.values())))], dim=1)
-        queries = _later(data.queries.sum(1, keepdim=True), -self._stand.over, rope)
-        return torch.einsum("bhd,bnhd->bn", queries[:, 0], keys.float())
-
-    def _fresh(self, like: Tensor) -> Tensor:
-        """Marks [B, 3, n] of the tokens of evicted frames, which were never chosen."""
-        frames = torch.tensor(list(self._gone)).repeat_interleave(self.frame_tokens)
-        cells = torch.arange(self.frame_tokens).repeat(len(self._gone))
-        return torch.stack([frames, cells, torch.zeros_like(cells)]).to(like).expand(like.shape[0], -1, -1)
+        return torch.einsum("bhd,bnhd->bn", notes.asked(self._stand.over, rope), keys.float())
 
     def _count(self, free: Tensor) -> int:
         """How many tokens are chosen: where the cap leaves too few, those that there are; in a batch, as many of each
@@ -253,47 +243,49 @@ class TokenStore:
             return wanted
         return min(wanted, int(free.sum(1).min()))
 
-    def _chosen(self, data: _Layer) -> slice:
+    def _chosen(self, layer: int) -> slice:
         start = min(self.choice.sink, len(self.frames)) * self.frame_tokens
-        return slice(start, start + data.chosen)
+        return slice(start, start + self._notes[layer].chosen)
 
-    def _turned(self, data: _Layer, stand: Stand, rope: Rope) -> Tensor:
+    def _stop(self, layer: int) -> int:
+        """Tokens that a layer holds."""
+        return self._notes[layer].chosen + len(self.frames) * self.frame_tokens
+
+    def _raw(self, data: Layer, tokens: slice) -> Tensor:
+        return self._codec.read(data.raw, [tokens])
+
+    def _turned(self, layer: int, stand: Stand, rope: Rope) -> Tensor:
         """The chosen tokens' keys, rotated from the raw ones."""
-        raw, cells = data.raw[:, self._chosen(data)], data.marks[:, CELL, :data.chosen].long()
-        if not data.chosen:
+        notes, raw = self._notes[layer], self._raw(self._at(layer), self._chosen(layer))
+        if not notes.chosen:
             return raw
+        cells = notes.row(CELL)
         if stand.first is None:
             sink = self.frames[:self.choice.sink]
             low, high = (sink[-1] + 1 if sink else 0) - stand.over, self.frames[len(sink)] - stand.over
-            positions = data.marks[:, FRAME, :data.chosen].long() - stand.over
+            positions = notes.row(FRAME) - stand.over
         else:
             low, high = stand.first, stand.first + self.choice.room
-            positions = stand.first + torch.arange(data.chosen, device=cells.device).expand_as(cells) // self.frame_tokens
+            positions = stand.first + torch.arange(notes.chosen, device=cells.device).expand_as(cells) // self.frame_tokens
         return rotate(raw, rope.tokens(positions, cells, low, high))
 
-    def _runs(self, data: _Layer, frames: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    def _runs(self, layer: int, frames: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
         """(first, last, token): stretches of `frames` that lie behind each other, from that token on."""
-        size, start = self.frame_tokens, 0
-        at = [i * size + (data.chosen if i >= self.choice.sink else 0) for i in map(self.frames.index, frames)]
+        size, start, chosen = self.frame_tokens, 0, self._notes[layer].chosen
+        at = [i * size + (chosen if i >= self.choice.sink else 0) for i in map(self.frames.index, frames)]
         for i in range(1, len(at) + 1):
             if i == len(at) or at[i] != at[i - 1] + size:
                 yield start, i, at[start]
                 start = i
 
-    def _layer(self, layer: int, like: Tensor) -> _Layer:
-        if self._data[layer] is None:
-            batch, _, heads, head_dim = like.shape
-            tokens = lambda: like.new_empty(batch, self.capacity * self.frame_tokens, heads, head_dim)  # noqa: E731
-            self._data[layer] = _Layer(
-                v=tokens(), raw=tokens(), roped=None if self.keys is Keys.RAW else tokens(),
-                marks=like.new_zeros(batch, 3, self.choice.room * self.frame_tokens, dtype=torch.int32),
-                queries=like.new_zeros(batch, self.choice.recent, heads, head_dim, dtype=torch.float32))
-        return self._data[layer]
+    def _shape(self, like: Tensor) -> tuple[int, ...]:
+        batch, _, heads, head_dim = like.shape
+        return batch, self.capacity * self.frame_tokens, 1, heads, head_dim
 
-
-def _later(x: Tensor, distance: int, rope: Rope) -> Tensor:
-    """Rotated x [B, n, H, D] moved in time only: the table's first token stands at the origin of the picture."""
-    return rotate(x, rope.table([distance])[:, :1]) if distance else x
+    def _reserve(self, layer: int, like: Tensor) -> None:
+        super()._reserve(layer, like)
+        if self._notes[layer] is None:
+            self._notes[layer] = Notes.empty(self.choice, self.frame_tokens, like)
 
 
 def _best(scores: Tensor, free: Tensor, count: int) -> Tensor:

@@ -15,9 +15,12 @@ from .bounded import Bounded, BoundedOptions
 from .deep_compress import DeepCompress, DeepCompressOptions
 from .deep_sink import DeepSink, DeepSinkOptions
 from .ema_sink import EmaSink, EmaSinkOptions
+from .memflow import MemFlow, MemFlowOptions
 from .merging import Merging, MergingOptions
 from .recency import Recency, RecencyOptions
 from .recompute import Recompute, RecomputeOptions
+from .reference import Reference, ReferenceOptions
+from .relax import Relax, RelaxOptions
 from .rolling import Rolling, RollingOptions
 from .rolling_sink import RollingSink, RollingSinkOptions
 from .routing import Routing, RoutingOptions
@@ -30,7 +33,9 @@ class Policy(Protocol):
     A policy that looks at keys, or changes them, brings more: `make_pass(plan, call, store, rope)` gives the pass
     (by default `passes.Pass`), `make_store(layers, capacity, frame_tokens, keys)` the store (`store.Store`), and
     `store_bytes(layers, frame_tokens, dim, batch, element_size)` what that takes. One whose memory can be flushed at a
-    change of scene has `flushed(held, last)`, the frames that stay.
+    change of scene has `flushed(held, last)`, the frames that stay. One that chooses by prompt has `turned()`, called when
+    another prompt takes over. `replays`: latent frames that a recache is given, where they are not `capacity`.
+    `lingering(evictions)`: of the frames evicted so far, a tuple for each time, those of which tokens may be left.
     """
 
     capacity: int
@@ -52,6 +57,9 @@ KINDS: dict[str, tuple[type, Callable[..., Policy]]] = {
     "recency": (RecencyOptions, Recency),
     "recompute": (RecomputeOptions, Recompute),
     "rolling_sink": (RollingSinkOptions, RollingSink),
+    "reference": (ReferenceOptions, Reference),
+    "relax": (RelaxOptions, Relax),
+    "memflow": (MemFlowOptions, MemFlow),
 }
 
 
@@ -62,3 +70,8 @@ def build(options, frames: int) -> Policy:
             return make(options, frames)
     raise ForcingError(f"{type(options).__name__} is not the options of a known cache policy. "
                        f"Known kinds: {', '.join(KINDS)}.")
+
+
+def replayed_frames(policy: Policy) -> int:
+    """Newest latent frames that a recache of this memory goes over."""
+    return getattr(policy, "replays", policy.capacity)

@@ -16,7 +16,8 @@ class CacheOptions:
     rollout: key of `rollout.ROLLOUTS`, in which order forwards are made.
 
     Subclasses have a field `block` (latent frames a block) and call this `__post_init__` from their own. `variants`:
-    whether the policy's store takes a `Storage`; one of its own kind may not.
+    whether the policy's store takes a `Storage`; one of its own kind may not. overlaps: whether its passes can attend to
+    frames that are not stored, which a knot needs.
     """
 
     store: str = "model"
@@ -24,6 +25,7 @@ class CacheOptions:
     dense: int = 0
     rollout: ClassVar[str] = "block"
     variants: ClassVar[bool] = True
+    overlaps: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.storage != PLAIN and not self.variants:

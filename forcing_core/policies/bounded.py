@@ -15,19 +15,21 @@ keep the keys of a noisy step: `released`.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ..codecs import sample as sample_of
+from ..codecs import tensors
 from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import Rope, rotate
 from ..saved import Saved, Tree
-from ..store import Keys, Store, store_bytes
+from ..store import PLAIN, Keys, Storage, Store, store_bytes
 from .base import CacheOptions
 from .window import Window, WindowOptions
 
@@ -40,7 +42,8 @@ class BoundedOptions(CacheOptions):
     frames a block. promote: leading frames of a block that are promoted together.
     mode: "surprise" promotes where the cosine similarity is below tau; "uniform" every block that starts at a
     multiple of `interval` latent frames. released: decide as the published code does (see the module).
-    compact: keep only raw keys (a third less memory, rotated at every read).
+    compact: keep only raw keys (a third less memory, rotated at every read). store, offload, dense: as in
+    `CacheOptions`; dense frames are fast ones.
     """
 
     sink: int = 3
@@ -54,7 +57,6 @@ class BoundedOptions(CacheOptions):
     released: bool = False
     compact: bool = False
     positions: ClassVar[str] = "relative"
-    variants: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,15 +95,21 @@ class Bounded:
     def make_pass(self, plan: Plan, call: Call, store: BoundedStore, rope: Rope) -> BoundedPass:
         return BoundedPass(plan, call, store, rope, self.options)
 
-    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys) -> BoundedStore:
-        return BoundedStore(layers, capacity, frame_tokens, keys, sink=self.options.sink, slow=self.options.slow)
+    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys, **variant) -> BoundedStore:
+        return BoundedStore(layers, capacity, frame_tokens, keys, sink=self.options.sink, slow=self.options.slow, **variant)
 
     def store_bytes(self, *, layers: int, frame_tokens: int, dim: int, batch: int, element_size: int) -> int:
         """As `store.store_bytes`, with one float32 mean key a layer where surprise decides; reached with the first
         clean pass."""
         means = layers * batch * dim * 4 if self.options.mode == "surprise" else 0
+        storage = _only_fast(self.options.storage, self.capacity - self.options.sink - self.options.slow)
         return means + store_bytes(layers=layers, capacity=self.capacity, frame_tokens=frame_tokens, dim=dim, batch=batch,
-                                   element_size=element_size, keys=self.keys)
+                                   element_size=element_size, keys=self.keys, storage=storage)
+
+
+def _only_fast(storage: Storage, fast: int) -> Storage:
+    """The same, with at most so many dense frames: a slow place has other frames in other layers and samples."""
+    return replace(storage, dense=min(storage.dense, max(0, fast)))
 
 
 class BoundedStore(Store):
@@ -112,8 +120,9 @@ class BoundedStore(Store):
     the window fills them in order, and uses only those behind them again.
     """
 
-    def __init__(self, *args, sink: int, slow: int):
-        super().__init__(*args)
+    def __init__(self, layers: int, capacity: int, frame_tokens: int, keys: Keys, *, sink: int, slow: int,
+                 storage: Storage = PLAIN):
+        super().__init__(layers, capacity, frame_tokens, keys, storage=_only_fast(storage, capacity - sink - slow))
         self.sink, self.slow = sink, slow
         self.promoted: dict[tuple[int, int], tuple[int, ...]] = {}
         self.keyframes: dict[int, Tensor] = {}
@@ -158,27 +167,32 @@ class BoundedStore(Store):
         frames[self.sink:self.sink + len(promoted)] = promoted
         return tuple(frames)
 
-    def stored(self, layer: int, sample: int, frames: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Raw keys and values [frames * tokens, H, D] of held frames of one sample."""
-        data, slots = self._at(layer), [self.slots[frame] for frame in frames]
-        return data.raw[sample, slots].flatten(0, 1), data.v[sample, slots].flatten(0, 1)
+    def _recent(self) -> tuple[int, ...]:
+        return tuple(frame for frame in self.frames if self.slots[frame] >= self.sink + self.slow)
 
-    def promote(self, layer: int, sample: int, frames: tuple[int, ...], raw: Tensor, v: Tensor, rope: Rope) -> None:
-        """Put raw keys and values [frames * tokens, H, D] into the next slow places, or behind the others, which move
-        up, where all are taken."""
+    def promote(self, layer: int, sample: int, frames: tuple[int, ...], rope: Rope,
+                fresh: tuple[Tensor, Tensor] | None = None) -> None:
+        """Put frames into the next slow places, or behind the others, which move up, where all are taken. fresh: their raw
+        keys and values [frames * tokens, H, D]; by default what is stored of them, which is not rounded again."""
         data, held = self._at(layer), self.promoted.get((layer, sample), ())
         over = max(0, len(held) + len(frames) - self.slow)
         start = self.sink + len(held) - over
         end = start + len(frames)
-        for buffer, new in ((data.v, v), (data.raw, raw)):
-            if over:
-                buffer[sample, self.sink:start] = buffer[sample, self.sink + over:start + over].clone()
-            buffer[sample, start:end] = new.unflatten(0, (len(frames), -1))
+        for i, buffer in enumerate((data.raw, data.v)):
+            mine = sample_of(buffer, sample)
+            for t in tensors(mine):
+                if over:
+                    t[:, self.sink:start] = t[:, self.sink + over:start + over].clone()
+                for place, frame in enumerate(() if fresh else frames, start):
+                    t[:, place] = t[:, self.slots[frame]]
+            if fresh:
+                self._codec.write(mine, slice(start, end), fresh[i].unflatten(0, (len(frames), -1))[None])
         if data.roped is not None:
             moved = slice(self.sink if over else start, end)
             turned = rotate(data.raw[sample, moved].flatten(0, 1)[None], rope.table(range(moved.start, moved.stop)))
             data.roped[sample, moved] = turned[0].unflatten(0, (-1, self.frame_tokens))
         self.promoted[layer, sample] = (held + frames)[over:]
+        self._written(layer, slice(self.sink, end))
 
 
 @dataclass
@@ -213,7 +227,7 @@ class BoundedPass(Pass):
         means = k.mean(dim=1, dtype=torch.float32).flatten(1)
         for sample, alike in enumerate(self._compared(layer, means).tolist()):
             here = slice(0, len(self._head) * self.store.frame_tokens)
-            self._promote(layer, sample, alike, k[sample, here], v[sample, here])
+            self._promote(layer, sample, alike, (k[sample, here], v[sample, here]))
         if self.options.mode == "surprise":
             self.store.keyframes[layer] = means
 
@@ -221,7 +235,7 @@ class BoundedPass(Pass):
         """All layers decide together: what they read is in use until then, and so numbers leave the device once."""
         for layer, row in enumerate(torch.stack(self._alike).tolist()):
             for sample, alike in enumerate(row):
-                promoted = self._promote(layer, sample, alike, *self.store.stored(layer, sample, self._head))
+                promoted = self._promote(layer, sample, alike)
                 if promoted and self.options.mode == "surprise":
                     self.store.keyframes[layer][sample] = self._means[layer][sample]
 
@@ -236,11 +250,11 @@ class BoundedPass(Pass):
             return means.new_full(means.shape[:1], torch.inf)
         return cosine_similarity(means, keyframes[layer])
 
-    def _promote(self, layer: int, sample: int, alike: float, raw: Tensor, v: Tensor) -> bool:
-        """Promote once a block, where there is a place in the past. Whether it was done."""
+    def _promote(self, layer: int, sample: int, alike: float, fresh: tuple[Tensor, Tensor] | None = None) -> bool:
+        """Promote once a block, where there is a place in the past. Whether it was done. fresh: as in `promote`."""
         held = self.store.promoted.get((layer, sample), ())
         end = self.store.sink + min(len(held) + len(self._head), self.store.slow)
         if alike >= self.options.tau or self._head[0] in held or end > self._before:
             return False
-        self.store.promote(layer, sample, self._head, raw, v, self.rope)
+        self.store.promote(layer, sample, self._head, self.rope, fresh)
         return True

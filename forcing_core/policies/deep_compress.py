@@ -12,7 +12,8 @@ Plans know whole frames only. Whether a block overflows is decided with the chos
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import chain
+from typing import ClassVar, Sequence
 
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import TABLE_ROWS, Rope, rotate
 from ..saved import LARGEST, Saved, Tree
-from ..store import Keys, Store, store_bytes
-from ..token_store import Choice, Stand, TokenStore, token_store_bytes
+from ..store import Keys, Store, store_bytes, store_host_bytes
+from ..token_notes import Choice, Stand, token_store_bytes, token_store_host_bytes
+from ..token_store import TokenStore
 from .base import CacheOptions
 from .deep_sink import bounded, check_length, check_limit, rebased
 
@@ -36,7 +38,8 @@ class DeepCompressOptions(CacheOptions):
     aligned: False is the released code: chosen tokens keep their own temporal positions. True is the paper: they
     stand in order right behind the sink, a frame's worth of them at each position.
     hole: as in `DeepSinkOptions`; the paper is hole False with aligned True. positions, limit: as there.
-    compact: keep only raw keys (a third less memory, rotated at every read).
+    compact: keep only raw keys (a third less memory, rotated at every read). store, offload, dense: as in
+    `CacheOptions`; dense frames lie behind the sink.
     """
 
     window: int = 21
@@ -50,7 +53,7 @@ class DeepCompressOptions(CacheOptions):
     positions: str = "absolute"
     limit: int = TABLE_ROWS
     compact: bool = False
-    variants: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,9 +86,7 @@ class DeepCompress:
     """Plans of the compression. `frames` is the length of the whole video in latent frames; one that fits into the
     window is never compressed and has a plain store.
 
-    Remembers where the last compression put the sink. lingers: how many compressions the tokens of a frame may outlive
-    it. Raises ForcingError when absolute positions
-    would run past the table.
+    Remembers where the last compression put the sink. Raises ForcingError when absolute positions would run past the table.
     """
 
     def __init__(self, options: DeepCompressOptions, frames: int):
@@ -94,7 +95,8 @@ class DeepCompress:
         self.capacity = min(options.window, frames)
         self._compresses = frames > options.window
         self.keys = Keys.ROPED if not self._compresses else Keys.RAW if options.compact else Keys.BOTH
-        self.lingers = 0 if not options.room else frames if options.reuse_cap is None else options.reuse_cap
+        # how many compressions the tokens of a frame may outlive it
+        self._lingers = 0 if not options.room else frames if options.reuse_cap is None else options.reuse_cap
         self._sink_at = 0  # where the sink starts since the last compression
         self._choice = Choice(options.sink, options.room, options.recent, options.reuse_cap)
 
@@ -122,6 +124,10 @@ class DeepCompress:
         sink = self.options.sink
         return tuple(range(self._sink_at, self._sink_at + sink)) + read[sink:]
 
+    def lingering(self, evictions: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Frames of which tokens may have been chosen, where one compression after the other evicted these."""
+        return tuple(chain.from_iterable(evictions[max(0, len(evictions) - self._lingers):]))
+
     def make_pass(self, plan: Plan, call: Call, store: Store | TokenStore, rope: Rope) -> Pass:
         if not self._compresses:
             return Pass(plan, call, store, rope)
@@ -129,10 +135,10 @@ class DeepCompress:
         behind = self._sink_at + options.sink - over if options.aligned and compressed(plan.read) else None
         return CompressPass(plan, call, store, rope, Stand(over, behind))
 
-    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys) -> Store | TokenStore:
+    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys, **variant) -> Store | TokenStore:
         if not self._compresses:
-            return Store(layers, capacity, frame_tokens, keys)
-        return TokenStore(layers, capacity, frame_tokens, keys, self._choice)
+            return Store(layers, capacity, frame_tokens, keys, **variant)
+        return TokenStore(layers, capacity, frame_tokens, keys, self._choice, **variant)
 
     def state(self) -> Tree:
         return {"sink_at": self._sink_at}
@@ -142,8 +148,13 @@ class DeepCompress:
 
     def store_bytes(self, **sizes: int) -> int:
         """As `store.store_bytes`, with the records of chosen tokens and of queries."""
-        sizes |= {"capacity": self.capacity, "keys": self.keys}
+        sizes |= {"capacity": self.capacity, "keys": self.keys, "storage": self.options.storage}
         return token_store_bytes(self._choice, **sizes) if self._compresses else store_bytes(**sizes)
+
+    def store_host_bytes(self, **sizes: int) -> int:
+        """As `store.store_host_bytes`."""
+        sizes |= {"capacity": self.capacity, "keys": self.keys, "storage": self.options.storage}
+        return token_store_host_bytes(**sizes) if self._compresses else store_host_bytes(**sizes)
 
 
 @dataclass

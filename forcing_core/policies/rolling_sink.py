@@ -19,27 +19,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..codecs import Buffer, picked, tensors
 from ..errors import ForcingError
+from ..offload import pinned
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import TABLE_ROWS, Rope, rotate
 from ..saved import Saved, Tree
-from ..store import Keys, Store, store_bytes
+from ..store import Keys, Store, store_bytes, store_host_bytes
 from .base import CacheOptions
 from .window import Window, WindowOptions
+
+PARTS = ("all", "scale")  # of a buffer, in a snapshot
 
 
 @dataclass(frozen=True)
 class RollingSinkOptions(CacheOptions):
     """window: latent frames one pass may attend to, current block included. block: latent frames a block; the window
-    less one block comes back for ever. Takes nearly twice the memory of the same window without.
+    less one block comes back for ever. Takes nearly twice the memory of the same window without. store, offload, dense: as
+    in `CacheOptions`; the beginning is kept like the store.
     """
 
     window: int = 21
     block: int = 3
     positions: ClassVar[str] = "endless"
     sink: ClassVar[int] = 0
-    variants: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,29 +83,48 @@ class RollingSink:
     def make_pass(self, plan: Plan, call: Call, store: RecyclingStore, rope: Rope) -> RollingSinkPass:
         return RollingSinkPass(plan, call, store, rope, self.options)
 
-    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys) -> RecyclingStore:
-        return RecyclingStore(layers, capacity, frame_tokens, keys, period=self.options.period if self.recycles else 0)
+    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys, **variant) -> RecyclingStore:
+        return RecyclingStore(layers, capacity, frame_tokens, keys, period=self.options.period if self.recycles else 0,
+                              **variant)
 
-    def store_bytes(self, *, layers: int, frame_tokens: int, dim: int, batch: int, element_size: int) -> int:
+    def store_bytes(self, **sizes: int) -> int:
         """As `store.store_bytes`, with the beginning's raw keys and values."""
-        kept = 2 * self.options.period if self.recycles else 0
-        return layers * kept * frame_tokens * dim * batch * element_size + store_bytes(
-            layers=layers, capacity=self.capacity, frame_tokens=frame_tokens, dim=dim, batch=batch,
-            element_size=element_size, keys=self.keys)
+        storage = self.options.storage
+        return (not storage.offload) * self._originals_bytes(**sizes) + store_bytes(
+            capacity=self.capacity, keys=self.keys, storage=storage, **sizes)
+
+    def store_host_bytes(self, **sizes: int) -> int:
+        """As `store.store_host_bytes`, with the same."""
+        storage = self.options.storage
+        return storage.offload * self._originals_bytes(**sizes) + store_host_bytes(
+            capacity=self.capacity, keys=self.keys, storage=storage, **sizes)
+
+    def _originals_bytes(self, *, layers: int, frame_tokens: int, dim: int, batch: int, element_size: int) -> int:
+        heads, period = max(1, dim // 128), self.options.period if self.recycles else 0
+        shape = 2 * batch, period, frame_tokens, heads, dim // heads
+        return layers * self.options.storage.coder.bytes(shape, element_size)
 
 
 class RecyclingStore(Store):
     """A store that also keeps raw keys and values of the first `period` frames after it was empty. start: the first of
-    them; originals: layer -> [2, B, period, tokens, H, D]."""
+    them; originals: layer -> a buffer [2 * B, period, tokens, H, D], keys before values; with offload in host memory,
+    from where the few frames that are wanted after a block are fetched."""
 
-    def __init__(self, *args, period: int):
-        super().__init__(*args)
+    def __init__(self, *args, period: int, **variant):
+        super().__init__(*args, **variant)
         self.period, self.start = period, 0
-        self.originals: dict[int, Tensor] = {}
+        self.originals: dict[int, Buffer] = {}
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(kept.nbytes for kept in self.originals.values())
+        return super().nbytes + (not self.storage.offload) * self._originals_bytes()
+
+    @property
+    def host_nbytes(self) -> int:
+        return super().host_nbytes + self.storage.offload * self._originals_bytes()
+
+    def _originals_bytes(self) -> int:
+        return sum(t.nbytes for kept in self.originals.values() for t in tensors(kept))
 
     def free(self) -> None:
         super().free()
@@ -109,24 +132,28 @@ class RecyclingStore(Store):
 
     def keep_originals(self, layer: int, frames: tuple[int, ...], raw: Tensor, v: Tensor) -> None:
         """Keep those of `frames` that belong to the beginning; raw keys and values [B, len(frames) * tokens, H, D]."""
-        mine = [i for i, frame in enumerate(frames) if frame - self.start < self.period]
-        if not mine:
+        first = frames[0] - self.start
+        count = min(len(frames), self.period - first)
+        if count <= 0:
             return
-        parts = torch.stack([raw, v]).unflatten(2, (len(frames), -1))
         if layer not in self.originals:
-            self.originals[layer] = self._no_originals(parts[0, :, 0])
-        self.originals[layer][:, :, [frames[i] - self.start for i in mine]] = parts[:, :, mine]
+            self.originals[layer] = self._no_originals(raw)
+        parts = torch.cat([raw, v]).unflatten(1, (len(frames), -1))[:, :count]
+        self._codec.write(self.originals[layer], slice(first, first + count), parts)
 
-    def _no_originals(self, like: Tensor) -> Tensor:
+    def _no_originals(self, like: Tensor) -> Buffer:
         batch, _, heads, head_dim = like.shape
-        return like.new_zeros(2, batch, self.period, self.frame_tokens, heads, head_dim)
+        empty = pinned(like.device) if self.storage.offload else like.new_empty
+        return self._codec.make((2 * batch, self.period, self.frame_tokens, heads, head_dim), like.dtype,
+                                lambda shape, dtype: empty(shape, dtype=dtype).zero_())
 
     @property
     def _kind(self) -> list:
         return [*super()._kind, self.period]
 
     def state(self) -> Tree:
-        kept = {f"originals {layer}": {"all": originals} for layer, originals in self.originals.items()}
+        kept = {f"originals {layer}": {name: t.unflatten(0, (2, -1)) for name, t in zip(PARTS, tensors(originals))}
+                for layer, originals in self.originals.items()}
         return super().state() | kept | {"start": self.start}
 
     def load(self, saved: Saved, like: Tensor) -> None:
@@ -135,11 +162,13 @@ class RecyclingStore(Store):
         for layer in range(self.layers):
             if f"originals {layer}" in saved:
                 self.originals[layer] = self._no_originals(like)
-                saved.part(f"originals {layer}").fill("all", self.originals[layer])
+                for name, t in zip(PARTS, tensors(self.originals[layer])):
+                    saved.part(f"originals {layer}").fill(name, t.unflatten(0, (2, -1)))
 
     def recycle(self, layer: int, frames: tuple[int, ...], originals: list[int], turn: Tensor) -> None:
         """Overwrite held frames by these originals, rotated by `turn`, the table of their positions."""
-        raw, v = (kept.flatten(1, 2) for kept in self.originals[layer][:, :, originals])
+        here = picked(self.originals[layer], lambda t: t[:, originals].to(turn.device))
+        raw, v = self._codec.unpack(here).flatten(1, 2).chunk(2)
         self.write(layer, frames, raw, rotate(raw, turn), v)
 
 

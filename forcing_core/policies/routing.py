@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..bias import Attention
+from ..codecs import Buffer, Codec, picked
 from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
@@ -38,6 +39,7 @@ class RoutingOptions(CacheOptions):
     """top_k: past latent frames chosen by score. sink: first latent frames of the video that are always chosen
     beside them; recent: the newest past ones (paper: neither). group: "head", "block" or "token", see the module.
     window: latent frames kept, current block included; None keeps all of them. block: latent frames a block.
+    store, offload, dense: as in `CacheOptions`; own frames are attended to as they are.
     """
 
     top_k: int = 5
@@ -47,7 +49,7 @@ class RoutingOptions(CacheOptions):
     window: int | None = None
     block: int = 3
     positions: ClassVar[str] = "packed"
-    variants: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,21 +95,21 @@ class Routing:
     def make_pass(self, plan: Plan, call: Call, store: RoutedStore, rope: Rope) -> RoutedPass:
         return RoutedPass(plan, call, store, rope, self.options)
 
-    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys) -> RoutedStore:
-        return RoutedStore(layers, capacity, frame_tokens, keys)
+    def make_store(self, layers: int, capacity: int, frame_tokens: int, keys: Keys, **variant) -> RoutedStore:
+        return RoutedStore(layers, capacity, frame_tokens, keys, **variant)
 
     def store_bytes(self, *, layers: int, frame_tokens: int, dim: int, batch: int, element_size: int) -> int:
         """As `store.store_bytes`, with the float32 description of every frame."""
         return layers * self.capacity * batch * dim * 4 + store_bytes(
             layers=layers, capacity=self.capacity, frame_tokens=frame_tokens, dim=dim, batch=batch,
-            element_size=element_size, keys=self.keys)
+            element_size=element_size, keys=self.keys, storage=self.options.storage)
 
 
 class RoutedStore(Store):
     """A store that can hand out other frames to every head. means: layer -> [B, capacity, H, D] float32."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **variant):
+        super().__init__(*args, **variant)
         self.means: dict[int, Tensor] = {}
 
     @property
@@ -148,10 +150,21 @@ class RoutedStore(Store):
 
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """(raw keys, values) [B, F * tokens, H, D] of slots [B, H, F], another list for every head."""
-        data, (batch, heads, _) = self._at(layer), slots.shape
-        b, h = torch.arange(batch, device=slots.device), torch.arange(heads, device=slots.device)
-        return tuple(buffer.permute(0, 3, 1, 2, 4)[b[:, None, None], h[None, :, None], slots]
-                     .permute(0, 2, 3, 1, 4).flatten(1, 2) for buffer in (data.raw, data.v))
+        data, newest = self._at(layer), self.newest
+        found = [_gathered(self._codec, buffer, slots) for buffer in (data.raw, data.v)]
+        if newest is not None and newest.slots:
+            copies = slots.new_full((self.capacity,), -1)
+            copies[[self.slots[f] for f in newest.slots]] = slots.new_tensor([*newest.slots.values()])
+            copies, data = copies[slots], newest._at(layer)
+            dense = [_gathered(newest.storage.coder, buffer, copies.clamp(min=0)) for buffer in (data.raw, data.v)]
+            found = [torch.where(copies[..., None, None] < 0, a, b) for a, b in zip(found, dense)]
+        return tuple(t.permute(0, 2, 3, 1, 4).flatten(1, 2) for t in found)
+
+
+def _gathered(codec: Codec, buffer: Buffer, slots: Tensor) -> Tensor:
+    """[B, H, F, tokens, D] of slots [B, H, F]."""
+    b, h = (torch.arange(size, device=slots.device) for size in slots.shape[:2])
+    return codec.unpack(picked(buffer, lambda t: t.permute(0, 3, 1, 2, 4)[b[:, None, None], h[None, :, None], slots]))
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Codecs: what a number becomes in the store, how far off it comes back, and how many bytes it takes."""
 import pytest
 import torch
-from forcing_pack.forcing_core.codecs import CODECS, tensors
+from forcing_pack.forcing_core.codecs import CODECS, picked, sample, tensors
 from forcing_pack.forcing_core.errors import ForcingError
 
 SHAPE = 2, 5, 6, 3, 128  # B, slots, tokens, heads, head_dim
@@ -87,6 +87,33 @@ def test_frames_lie_where_they_were_put(name):
         wanted[slot] = through(codec, x).flatten(1, 2)
     read = codec.read(buffer, [slice(4, 5), slice(0, 2), slice(2, 3)])
     assert torch.equal(read, torch.cat([wanted[slot] for slot in (4, 0, 1, 2)], dim=1))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_single_tokens_move_without_being_rounded_again(name):
+    """With scales of their own: what a token is does not depend on those that it was stored with."""
+    codec, x = CODECS[name], normal(6)[:, :, :1] * torch.logspace(-2, 2, 6).reshape(1, 6, 1, 1, 1)
+    buffer = codec.make(tuple(x.shape), x.dtype, empty)
+    codec.write(buffer, slice(0, 6), x)
+    order = torch.tensor([[5, 0, 3], [1, 1, 4]])
+    index = order[..., None, None, None]
+    chosen = picked(buffer, lambda t: t.gather(1, index.expand(-1, -1, *t.shape[2:])))
+    wanted = x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+    assert torch.equal(codec.unpack(chosen), codec.unpack(codec.pack(wanted)))
+    assert all(a.dtype == b.dtype for a, b in zip(tensors(chosen), tensors(buffer)))
+    assert float(relative(codec.unpack(chosen), wanted, [3, 4]).max()) <= 1.2 * ROUNDED.get(name, 0.0)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_sample_is_a_view(name):
+    codec, x = CODECS[name], normal()
+    buffer = codec.make(SHAPE, x.dtype, empty)
+    codec.write(buffer, slice(0, 5), x)
+    before = codec.read(buffer, [slice(0, 5)]).clone()
+    codec.write(sample(buffer, 1), slice(2, 3), 7 * x[1:, :1])
+    after = codec.read(buffer, [slice(0, 5)])
+    changed = (after != before).unflatten(1, (5, -1)).flatten(2).any(-1)
+    assert changed.tolist() == [[False] * 5, [False, False, True, False, False]]
 
 
 @pytest.mark.parametrize("name", CODECS)

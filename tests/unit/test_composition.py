@@ -2,6 +2,7 @@
 
 Policies come from KINDS and their settings from the fields of their options, so a new policy is tested by being there.
 """
+import json
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,12 +11,16 @@ from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.memory import memory_bytes, memory_host_bytes
 from forcing_pack.forcing_core.policies import KINDS, DeepSinkOptions, WindowOptions
 from forcing_pack.forcing_core.policies.base import storage_of
+from forcing_pack.forcing_core.rollout import RolloutState
+from forcing_pack.forcing_core.saved import Saved, copied, split
 from forcing_testkit import composekit as kit
 from forcing_testkit.forcing_corekit import gap
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+NEAR = {"model": 1e-4, "int8": 5e-3, "fp8": 2e-2}  # a last digit may round to the next code, which lie that far apart
 
 by_kind = pytest.mark.parametrize("kind", [kind for kind, _ in KINDS.values()], ids=list(KINDS))
 
@@ -142,10 +147,37 @@ def test_a_batch_is_its_samples(kind, data):
     if hasattr(made.options, "reuse_cap"):  # where a cap leaves too few tokens, all samples take as many as the poorest
         made = replace(made, options=replace(made.options, reuse_cap=None))
     both = kit.video(made, samples=(0, 1))
-    near = 1e-4 if storage_of(made.options).coder.exact else 5e-3  # a last digit may round to the next code
+    near = NEAR[storage_of(made.options).codec]
     assert gap(both[0], both[1]) > 0.1
     for sample in (0, 1):
         assert gap(kit.video(made, samples=(sample,))[0], both[sample]) <= near
+
+
+@by_kind
+@examples(6)
+@given(data=st.data())
+def test_going_on_from_what_was_saved_is_going_on(kind, data):
+    """In fresh objects that know only the file's content, with the store where it was or in the other memory."""
+    made = data.draw(kit.combinations(kind))
+    assume(len(made.blocks) > 1)
+    stop, noise = data.draw(st.integers(1, len(made.blocks) - 1)), kit.SampleNoise((0,))
+    target, state = kit.denoiser(kit.empty(made)), RolloutState()
+    first = kit.rollout(made, target, noise, blocks=stop, resume=state)
+    plain, tensors = split(copied({"memory": target.state(), "rollout": state.state()}))
+    saved = Saved(json.loads(json.dumps(plain)), tensors)
+    if "offload" in kit.values_of(kind):
+        made = replace(made, options=replace(made.options, offload=data.draw(st.booleans())))
+    target = kit.denoiser(kit.empty(made))
+    target.load(saved.part("memory"))
+    state = RolloutState.load(saved.part("rollout"), (1, kit.CONFIG.in_channels, *kit.SIZE), "cpu")
+    rest = kit.rollout(made, target, noise, resume=state)
+    assert torch.equal(torch.cat([first, rest], dim=2), kit.video(made))
+
+
+@by_kind
+def test_every_policy_is_drawn_with_every_store(kind):
+    """Otherwise quantised and offloaded stores would pass as tested above."""
+    assert {"store", "offload", "dense"} <= {*kit.values_of(kind)}
 
 
 @by_kind
