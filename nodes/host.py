@@ -17,22 +17,23 @@ from dataclasses import dataclass, field
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy.ldm.wan.ar_model import CausalWanModel
-from comfy.ldm.wan.model import WanModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 from torch import Tensor
 
 from ..forcing_core.errors import ForcingError
+from ..forcing_core.joined import Frames, can_join, join
 from ..forcing_core.memory import Memory, make_memory, memory_bytes
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.plan import Phase
-from ..forcing_core.policies import build
+from ..forcing_core.policies import build, replayed_frames
 from ..forcing_core.policies.base import storage_of
 from ..forcing_core.rollout import most_frames
 from ..forcing_core.saved import Saved, Tree
 from ..forcing_core.schedule import Level
 from ..forcing_core.snapshot import fingerprint
 from ..forcing_core.wan import Ops, TextState, blended, forward
+from .host_audio import Audio
+from .host_conditioning import FrameConds, beside, check_extras, is_plain, network, store_layers, text_of
 from .host_ops import causal_ops
 
 log = logging.getLogger(__name__)
@@ -63,21 +64,9 @@ class Shape:
         return math.prod(self.grid)
 
 
-def network(base_model):
-    """The plain Wan 2.1 text-to-video network of a loaded model, or ForcingError saying what it is instead."""
-    net = base_model.diffusion_model
-    net = getattr(net, "_orig_mod", net)
-    if type(net) not in (WanModel, CausalWanModel):
-        raise ForcingError(f"This model is a {type(net).__name__}, not a plain Wan 2.1 text-to-video network. "
-                           "Load a causal 1.3B or 14B text-to-video checkpoint of the Self Forcing family.")
-    if net.model_type != "t2v" or net.in_dim != net.out_dim:
-        raise ForcingError("This is a Wan image-to-video checkpoint; causal checkpoints are text-to-video and take "
-                           "a start image through Forcing Start Image. Load a checkpoint of the Self Forcing family.")
-    return net
-
-
-def shape_of(base_model, latent_shape) -> Shape:
-    """Sizes of a run on [B, C, F, H, W] latents; raises ForcingError for latents the network cannot take."""
+def shape_of(base_model, latent_shape, guider=None) -> Shape:
+    """Sizes of a run on [B, C, F, H, W] latents, under a guider whose conditions may need layers of their own; raises
+    ForcingError for latents the network cannot take."""
     net = network(base_model)
     if len(latent_shape) != 5:
         raise ForcingError(f"A video latent [batch, channels, frames, height, width] is needed, not {list(latent_shape)}. "
@@ -89,7 +78,7 @@ def shape_of(base_model, latent_shape) -> Shape:
     if height % 2 or width % 2:
         raise ForcingError(f"A latent of {width}x{height} ({width * 8}x{height * 8} pixels) does not divide into patches. "
                            "Use a width and a height divisible by 16.")
-    return Shape(batch, frames, height, width, len(net.blocks), net.dim, net.num_heads)
+    return Shape(batch, frames, height, width, store_layers(net, guider), net.dim, net.num_heads)
 
 
 def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, conditions: int = 1) -> int:
@@ -136,7 +125,7 @@ def model_fingerprint(patcher) -> str:
 def run_bytes(guider, options: RolloutOptions, latent_shape) -> int:
     """Bytes of all stores of a run under this guider, before it starts."""
     patcher = guider.model_patcher
-    return announced_bytes(options, shape_of(patcher.model, latent_shape), element_size(patcher),
+    return announced_bytes(options, shape_of(patcher.model, latent_shape, guider), element_size(patcher),
                            max(1, count_conditions(guider)))
 
 
@@ -156,10 +145,12 @@ def tracks_of(guider) -> dict:
     return found
 
 
-def _replayed(guider, options: RolloutOptions, frames: int) -> int:
-    """Latent frames of the forward that a change of prompt replays: the window, or none where nothing is recached."""
+def _replayed(guider, options: RolloutOptions, frames: int, steered: bool = False) -> int:
+    """Latent frames of the forward that a change of prompt replays, or none where nothing is recached. steered: prompts may
+    come while it runs."""
     changes = [s for track in tracks_of(guider).values() for s in track.segments[1:]]
-    return build(options.cache, frames).capacity if any(s.transition == "recache" for s in changes) else 0
+    recaches = steered or any(s.transition == "recache" for s in changes)
+    return replayed_frames(build(options.cache, frames)) if recaches and options.cache.rollout == "block" else 0
 
 
 # -- memory: tell ComfyUI about the stores before it places weights ------------------------------------------
@@ -187,9 +178,10 @@ def reserve(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider, options = executor.class_obj, getattr(sampler, "rollout", None)
     done = get_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY, guider.model_options, is_model_options=True)
     if options is not None and not done:  # MODEL and guider may both have brought this wrapper
-        frames = most_frames(options.cache.rollout, options.block, max(1, len(sigmas) - 1))
+        frames = most_frames(options.rollout, options.block, max(1, len(sigmas) - 1), **options.order)
+        frames += options.block * options.joined
         whole = whole_shape(sampler, noise.shape)
-        frames = min(whole[2], max(frames, _replayed(guider, options, whole[2])))
+        frames = min(whole[2], max(frames, _replayed(guider, options, whole[2], getattr(sampler, "prompted", False))))
         wrapper = _reserving(run_bytes(guider, options, whole) + getattr(sampler, "beside", 0), frames)
         add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, wrapper, guider.model_options, is_model_options=True)
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -226,6 +218,7 @@ class HostDenoiser:
     memories: dict = field(default_factory=dict)
     texts: dict = field(default_factory=dict)
     call: tuple | None = None
+    halves: tuple[Frames, Frames] | None = None  # of a call that is two passes in one
     forwards: int = 0
     prompts: dict = field(default_factory=dict)  # condition -> embeddings, one for every segment of a prompt track
     mixture: tuple[int, int, float] = (0, 0, 1.0)  # segments and weight of the second one: the text that rules now
@@ -236,6 +229,10 @@ class HostDenoiser:
         wrappers = model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
         # in place of that of a finished run on the same options, which would answer first
         wrappers.setdefault(WrappersMP.DIFFUSION_MODEL, {})[KEY] = [torch.compiler.disable(self._network)]
+        net = network(self.guider.inner_model)
+        self._frames = FrameConds(lambda: (self.call[1], len(self.call[0])), net.out_dim)
+        self._frames.lay(self.guider, self.shape.frames)
+        self._audio = Audio(model_options["transformer_options"], self._frames.now)
         kwargs = model_options.get("torch_compile_kwargs")
         self._compile = functools.lru_cache(None)(functools.partial(torch.compile, **kwargs)) if kwargs else lambda f: f
 
@@ -247,12 +244,42 @@ class HostDenoiser:
         x0 = self.guider(x, sigma, model_options=self.extra_args["model_options"], seed=self.extra_args.get("seed"))
         return x0 if phase == "noisy" else None
 
+    @property
+    def joins(self) -> bool:
+        """Whether a clean pass and the noisy one behind it can share a forward now: on plain networks, without patches."""
+        own = self.extra_args["model_options"]["transformer_options"]
+        plain = is_plain(network(self.guider.inner_model)) and not own.get("patches") and not own.get("patches_replace")
+        return plain and bool(self.memories) and all(map(can_join, self.memories.values()))
+
+    def joined(self, clean: Frames, noisy: Frames) -> Tensor:
+        """x0 of the noisy frames, and the clean ones written, in one call of the guider."""
+        self.halves = clean, noisy
+        try:
+            x = torch.cat([clean.x, noisy.x], dim=2)
+            return self(x, (*clean.levels, *noisy.levels), clean.first, "noisy")[:, :, len(clean.levels):]
+        finally:
+            self.halves = None
+
+    def pin(self, first: int, latents: Tensor) -> None:
+        """Tell networks with channels for given frames that those from `first` on are these [B, C, k, H, W]."""
+        self._frames.pinned = first, latents
+
     def replace_text(self, segment: int) -> None:
         self.blend_text(segment, segment, 1.0)
 
     def blend_text(self, a: int, b: int, weight: float) -> None:
         self.mixture = a, b, weight
         self.texts.clear()
+
+    def push_prompt(self, prompt: Tensor) -> None:
+        """Prompt 0 is the one that rules now and 1 a new one, for the positive condition; others keep theirs. None stands for
+        the prompt that ComfyUI encoded."""
+        b = self.mixture[1]
+        for side, conds in _remembering(self.guider).items():
+            for cond in conds:
+                ruling = self.prompts[cond["uuid"]][b] if cond["uuid"] in self.prompts else None
+                self.prompts[cond["uuid"]] = (ruling, prompt if side == "positive" else ruling)
+        self.mixture = 0, 0, 1.0
 
     def forget(self) -> None:
         for memory in self.memories.values():
@@ -265,6 +292,10 @@ class HostDenoiser:
     def jump(self, first: int, distance: int) -> None:
         for memory in self.memories.values():
             memory.jump(first, distance)
+
+    def turned(self) -> None:
+        for memory in self.memories.values():
+            memory.turned()
 
     def state(self) -> Tree:
         """The memories of all conditions; not the prompts, which the graph knows."""
@@ -297,12 +328,14 @@ class HostDenoiser:
         if key not in self.memories:
             shape = self.shape
             self.memories[key] = make_memory(self.options.cache, shape.frames, layers=shape.layers, grid=shape.grid,
-                                             head_dim=shape.dim // shape.heads, heads=shape.heads, device=device)
+                                             head_dim=shape.dim // shape.heads, heads=shape.heads, device=device,
+                                             ahead=self.options.knot.frames,
+                                             matrices=self.options.noise == "comfy")  # core's numbers to the last bit
         return self.memories[key]
 
-    def _text(self, key, context: Tensor) -> TextState:
+    def _text(self, net, key, context: Tensor, clip: Tensor | None) -> TextState:
         if key not in self.texts:
-            self.texts[key] = TextState(self._ruling(key, context))
+            self.texts[key] = text_of(net, self._ruling(key, context), clip)
         return self.texts[key]
 
     def _ruling(self, key, context: Tensor) -> Tensor:
@@ -310,33 +343,41 @@ class HostDenoiser:
         if key not in self.prompts:
             return context
         a, b, weight = self.mixture
-        one, other = self.prompts[key][a], self.prompts[key][b]
+        one, other = (context if self.prompts[key][n] is None else self.prompts[key][n] for n in (a, b))
         text = other if a == b else blended(one, other, weight)
         return comfy.utils.repeat_to_batch_size(text.to(context), context.shape[0])
 
     def _network(self, executor, x: Tensor, timestep: Tensor, context: Tensor, clip_fea, time_dim_concat,
                  transformer_options: dict, **extra) -> Tensor:
         """DIFFUSION_MODEL wrapper: the causal forward for every condition of the batch in turn."""
-        _refuse_extras({"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **extra})
         levels, first, phase = self.call
         if x.shape[2:] != (len(levels), self.shape.height, self.shape.width):
             raise ForcingError(PARTIAL)
         net = executor.class_obj
+        self._audio.lay(transformer_options)
+        check_extras(net, {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **extra})
         transformer_options["total_blocks"], transformer_options["block_type"] = len(net.blocks), "double"
         transformer_options["grid_sizes"] = (x.shape[2], *self.shape.grid)
         exact = self.options.noise != "comfy" and mm.supports_fp64(x.device)  # core's own embedding is float32
         sinusoid = torch.float64 if exact else torch.float32
         ops = causal_ops(transformer_options, sinusoid, self._compile)
         keys = transformer_options["uuids"]
-        parts = [self._condition(net, key, part, text, levels, first, phase, ops)
-                 for key, part, text in zip(keys, x.chunk(len(keys)), context.chunk(len(keys)))]
+        clips = [None] * len(keys) if clip_fea is None else clip_fea.chunk(len(keys))
+        parts = []
+        for index, (key, part) in enumerate(zip(keys, x.chunk(len(keys)))):
+            text = self._text(net, key, context.chunk(len(keys))[index], clips[index])
+            parts.append(self._condition(net, key, part, text, beside(net, index, len(keys), extra), ops))
         return torch.cat(parts)
 
-    def _condition(self, net, key, x: Tensor, context: Tensor, levels, first: int, phase: Phase, ops: Ops) -> Tensor:
+    def _condition(self, net, key, x: Tensor, text: TextState, side, ops: Ops) -> Tensor:
+        levels, first, phase = self.call
         timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
-        memory = self._memory(key, x.device).begin(first, x.shape[2], phase, _noisiest(levels))
-        velocity = forward(net, x, timesteps, self._text(key, context), memory, ops)
-        return torch.zeros_like(x) if velocity is None else _shares(velocity, levels)
+        memory = self._memory(key, x.device)
+        now = join(memory, *self.halves) if self.halves else memory.begin(first, x.shape[2], phase, _noisiest(levels))
+        velocity = forward(net, x, timesteps, text, now, ops, side)
+        if self.halves:  # ComfyUI wants an answer for every frame; that of the clean ones, at sigma 0, is not looked at
+            velocity = torch.nn.functional.pad(velocity, (0, 0, 0, 0, x.shape[2] - velocity.shape[2], 0))
+        return x.new_zeros(x.shape[0], net.out_dim, *x.shape[2:]) if velocity is None else _shares(velocity, levels)
 
 
 def _noisiest(levels) -> float:
@@ -351,14 +392,6 @@ def _shares(velocity: Tensor, levels) -> Tensor:
         return velocity
     share = velocity.new_tensor([level.sigma / top for level in levels], dtype=torch.float32)
     return velocity.float() * share.view(-1, 1, 1)
-
-
-def _refuse_extras(extra: dict) -> None:
-    """Conditioning that the causal forward would silently ignore is refused by name."""
-    unused = [name for name, value in extra.items() if value is not None]
-    if unused:
-        raise ForcingError(f"The conditioning carries {', '.join(unused)}, which causal rollouts of this version do not use. "
-                           "Connect plain text conditioning, and give a start image through Forcing Start Image.")
 
 
 PARTIAL = ("A condition covers only part of the picture or of the frames, which a causal rollout cannot do. Remove the "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..forcing_core.attention import sage_mutates_keys
-from ..forcing_core.wan import Ops
+from ..forcing_core.wan import ImageText, Ops, image_cross_attention
 
 
 def mutates_keys(transformer_options: dict) -> bool:
@@ -62,13 +62,16 @@ def _replaced(module) -> bool:
 
 def _cross_attention(transformer_options: dict):
     """Cached keys and values of the prompt, unless somebody replaced the module's forward (NAG and the like)."""
-    cached = Ops().cross_attention
+    prompt = Ops().cross_attention
 
     def cross(index, block, x, text, ops, net):
+        image = isinstance(text, ImageText)
         if _replaced(block.cross_attn):
-            context = text.embedded(net.text_embedding)
-            return block.cross_attn(x, context, context_img_len=None, transformer_options=transformer_options)
-        return cached(index, block, x, text, ops, net)
+            context, rows = text.embedded(net.text_embedding), text.image(net) if image else None
+            context = context if rows is None else torch.cat([rows, context], dim=1)
+            return block.cross_attn(x, context, context_img_len=None if rows is None else rows.shape[1],
+                                    transformer_options=transformer_options)
+        return (image_cross_attention if image else prompt)(index, block, x, text, ops, net)
     return cross
 
 

@@ -1,6 +1,7 @@
 """Rollouts: generators of finished latent blocks. They know a denoiser and nothing of networks or hosts."""
 from .block import block_rollout
 from .calls import calls, most_frames
+from .knot import Knot, knot_rollout
 from .recompute import recompute_rollout
 from .rolling import rolling_rollout
 from .state import RolloutState
@@ -11,7 +12,8 @@ ROLLOUTS = {
     "block": block_rollout,
     "rolling": rolling_rollout,
     "recompute": recompute_rollout,
+    "knot": knot_rollout,
 }
 
-__all__ = ["ROLLOUTS", "RolloutState", "Switch", "block_rollout", "calls", "most_frames", "recache", "recompute_rollout",
-           "rolling_rollout"]
+__all__ = ["Knot", "ROLLOUTS", "RolloutState", "Switch", "block_rollout", "calls", "knot_rollout", "most_frames", "recache",
+           "recompute_rollout", "rolling_rollout"]

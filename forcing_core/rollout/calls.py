@@ -1,17 +1,18 @@
 """Which forwards a rollout makes, in order, without making them: for progress bars, plan views and reservations."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Sequence
 
-from ..plan import Block, Call, context_chunks, layout
+from ..plan import REFERENCE, Block, Call, context_chunks, layout
 from .recompute import replayed
 from .windows import windows
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What the order of forwards depends on. given: (first, frames) of the chunks that given frames are written in."""
+    """What the order of forwards depends on. given: (first, frames) of the chunks that given frames are written in. ahead,
+    references, over: latent frames of a knot and of a reference, and the rollout that they were added to."""
 
     blocks: Sequence[Block]
     steps: int
@@ -19,6 +20,9 @@ class _Order:
     given: tuple[tuple[int, int], ...]
     block: int
     window: int | None
+    ahead: int = 0
+    references: int = 0
+    over: str = "block"
 
     def noisy(self, block: Block) -> Iterator[Call]:
         for _ in range(self.first_steps if block.index == 0 else self.steps):
@@ -55,21 +59,31 @@ def _rolling(order: _Order) -> Iterator[Call]:
             yield Call(oldest.first, oldest.frames, "clean")
 
 
+def _knot(order: _Order) -> Iterator[Call]:
+    if order.references:
+        yield Call(REFERENCE, order.references, "clean")
+    for call in CALLS[order.over](order):
+        yield replace(call, frames=call.frames + order.ahead) if call.phase == "noisy" else call
+
+
 # name of a rollout, a key of ROLLOUTS -> its calls after the given frames
-CALLS: dict[str, Callable[[_Order], Iterator[Call]]] = {"block": _block, "rolling": _rolling, "recompute": _recompute}
+CALLS: dict[str, Callable[[_Order], Iterator[Call]]] = {
+    "block": _block, "rolling": _rolling, "recompute": _recompute, "knot": _knot}
 
 
 def calls(name: str, blocks: Sequence[Block], steps: int, *, first_steps: int | None = None, given: int = 0,
-          block: int = 3, independent_first: bool = False, window: int | None = None) -> Iterator[Call]:
+          block: int = 3, independent_first: bool = False, window: int | None = None, ahead: int = 0, references: int = 0,
+          over: str = "block") -> Iterator[Call]:
     """Every forward of the rollout called `name` without prompt switches, as calls that hold nothing yet.
 
     steps: denoising steps of a block; first_steps: of the first generated one. given: given frames, written in
     chunks of `block`. window: of the memory, None for all; it sets how much a rollout recomputes.
+    ahead, references, over: of the knot rollout, whose forwards hold the knot too.
     """
     yield from CALLS[name](_Order(blocks, steps, first_steps or steps, context_chunks(given, block, independent_first),
-                                  block, window))
+                                  block, window, ahead, references, over))
 
 
-def most_frames(name: str, block: int, steps: int) -> int:
-    """Most latent frames of one forward: of a video with enough blocks."""
-    return max(call.frames for call in calls(name, layout(block * steps, block), steps))
+def most_frames(name: str, block: int, steps: int, **more) -> int:
+    """Most latent frames of one forward: of a video with enough blocks. more: as for `calls`."""
+    return max(call.frames for call in calls(name, layout(block * steps, block), steps, **more))

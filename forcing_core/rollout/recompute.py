@@ -24,7 +24,7 @@ from ..noise import Noise
 from ..plan import Block, context_chunks
 from ..schedule import Level, clean
 from ..solvers import consistency
-from .block import Solver, denoise
+from .block import Make, Solver, Steer, denoise
 from .state import RolloutState
 from .transitions import Switch, check_switches, passed, switch_prompt, take_up
 
@@ -33,13 +33,14 @@ def recompute_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Seque
                       first_levels: Sequence[Level] | None = None, context: Tensor | None = None, block: int = 3,
                       independent_first: bool = False, context_timestep: float = 0.0, window: int | None = None,
                       switches: Sequence[Switch] = (), solver: Solver = consistency,
-                      resume: RolloutState | None = None) -> Iterator[tuple[Block, Tensor]]:
+                      resume: RolloutState | None = None, make: Make = denoise,
+                      steer: Steer | None = None) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) as each block becomes final.
 
-    levels, first_levels, context, context_timestep, resume: as in `block_rollout`. window: latent frames that the memory
-    holds, the block included. The context goes through the network in chunks of `block`, each of which sees those before
-    it. A switch replaces the text before the context is recomputed, so "recache" and "keep" are the same here. Raises
-    ForcingError without a window, and for transitions that forget or jump.
+    levels, first_levels, context, context_timestep, resume, make, steer: as in `block_rollout`. window: latent frames that
+    the memory holds, the block included. The context goes through the network in chunks of `block`, each of which sees
+    those before it. A switch replaces the text before the context is recomputed, so "recache" and "keep" are the same
+    here. Raises ForcingError without a window, and for transitions that forget or jump.
     """
     check_switches(switches, None, "recompute")
     if window is None:
@@ -53,6 +54,8 @@ def recompute_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Seque
     if state.done is not None:
         take_up(denoiser, pending, state.done[0].first)
     for current in state.left(blocks):
+        if steer is not None and not steer(current, pending):
+            return
         if state.done is not None:
             _remember(state, state.done[1])
         due = passed(pending, current.first)
@@ -66,7 +69,7 @@ def recompute_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Seque
             start = first - chunks[0][0]
             denoiser(latents[:, :, start:start + frames], (clean(context_timestep),) * frames, first, "clean")
         chosen = first_levels if first_levels and current.index == 0 else levels
-        state.done = current, denoise(denoiser, current, chosen, noise, solver)
+        state.done = current, make(denoiser, current, chosen, noise, solver, state)
         yield state.done
 
 

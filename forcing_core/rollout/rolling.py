@@ -21,7 +21,7 @@ from ..noise import Noise
 from ..plan import Block, context_chunks
 from ..schedule import CLEAN, Level, clean, renoise
 from ..solvers import consistency
-from .block import Solver
+from .block import Solver, Steer
 from .state import RolloutState
 from .transitions import Switch, check_switches, passed, take_up
 from .windows import Window, each_window
@@ -31,7 +31,7 @@ def rolling_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequenc
                     first_levels: Sequence[Level] | None = None, context: Tensor | None = None, block: int = 3,
                     independent_first: bool = False, context_timestep: float = 0.0, window: int | None = None,
                     switches: Sequence[Switch] = (), solver: Solver = consistency,
-                    resume: RolloutState | None = None) -> Iterator[tuple[Block, Tensor]]:
+                    resume: RolloutState | None = None, steer: Steer | None = None) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) as each block becomes final, after its pass through all `levels`.
 
     context, context_timestep, switches: as in `block_rollout`. `noise` is asked for nothing that is not used. A
@@ -39,7 +39,7 @@ def rolling_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequenc
     blocks in work then, one less than there are steps, are finished under the new prompt. `window` is not used.
     A block's clean pass runs when the next one is asked for, so the last one never runs. Raises ForcingError for
     levels of the first block only, other solvers, and transitions other than "keep" (which also renew no sink).
-    resume: as in `block_rollout`.
+    resume: as in `block_rollout`; so is steer, which is called when a block enters the window.
     """
     _check(first_levels, switches, solver)
     blocks = blocks if isinstance(blocks, Sequence) else tuple(blocks)  # of an endless video they are never laid out
@@ -54,6 +54,8 @@ def rolling_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequenc
         take_up(denoiser, pending, max(block.first for block in (state.done[0], *in_work)))
     for step in ahead:
         inside = blocks[step.start:step.end]
+        if steer is not None and inside[-1] not in in_work and not steer(inside[-1], pending):
+            return
         if state.done is not None:
             done, latents = state.done
             denoiser(latents, (clean(context_timestep),) * done.frames, done.first, "clean")

@@ -21,12 +21,14 @@ from .transitions import History
 class RolloutState:
     """done: the newest final block and its latents; its clean pass is still to come. history: newest clean latents before
     it. first: first latent frame of the video, where a rollout recomputes it. in_work: blocks that are being denoised
-    together, with their noisy latents. An empty state is the beginning of a video."""
+    together, with their noisy latents. knot: clean latents that the next block begins with. An empty state is the beginning
+    of a video."""
 
     done: tuple[Block, Tensor] | None = None
     history: History | None = None
     first: Tensor | None = None
     in_work: dict[Block, Tensor] = field(default_factory=dict)
+    knot: Tensor | None = None
 
     def remember(self, window: int | None) -> History:
         """The history, with room for `window` frames from now on."""
@@ -59,7 +61,8 @@ class RolloutState:
                                   for i, (block, latents) in enumerate(self.in_work.items())}}
         if self.history is not None and self.history.latents is not None:
             tree["history"] = self.history.latents
-        return tree if self.first is None else tree | {"first": self.first}
+        tree |= {} if self.first is None else {"first": self.first}
+        return tree | ({} if self.knot is None else {"knot": self.knot})
 
     @classmethod
     def load(cls, saved: Saved, size: tuple[int, int, int, int], device) -> RolloutState:
@@ -78,6 +81,7 @@ class RolloutState:
             state.history = History(None)
             state.history.add(latents(saved, "history", None))
         state.first = latents(saved, "first", 1) if "first" in saved else None
+        state.knot = latents(saved, "knot", None) if "knot" in saved else None
         return state
 
 

@@ -71,15 +71,23 @@ def recache(denoiser: Denoiser, switch: Switch, frame: int, history: Replay, con
     window, unmasked, as LongLive 1 does it. Before the first frame there is nothing to rewrite."""
     if switch.renew_sink:
         denoiser.forget()
-    denoiser.replace_text(switch.segment)
+    _take_over(denoiser, switch.segment)
     if frame and history.latents is not None:
         latents = history.latents
         levels = (clean(context_timestep),) * latents.shape[2]
         denoiser(latents, levels, frame - latents.shape[2], "recache")
 
 
+def _take_over(denoiser: Denoiser, segment: int) -> None:
+    """The new prompt, and word of it to memories that choose by prompt."""
+    denoiser.replace_text(segment)
+    turned = getattr(denoiser, "turned", None)
+    if turned is not None:
+        turned()
+
+
 def _keep(denoiser: Denoiser, switch: Switch, frame: int, history: History, context_timestep: float) -> None:
-    denoiser.replace_text(switch.segment)
+    _take_over(denoiser, switch.segment)
 
 
 def _soft(denoiser: Denoiser, switch: Switch, frame: int, history: History, context_timestep: float) -> None:
@@ -89,7 +97,7 @@ def _soft(denoiser: Denoiser, switch: Switch, frame: int, history: History, cont
 def _flush(denoiser: Denoiser, switch: Switch, frame: int, history: History, context_timestep: float) -> None:
     denoiser.flush(KEEP_FRAMES)
     history.keep(KEEP_FRAMES)
-    denoiser.replace_text(switch.segment)
+    _take_over(denoiser, switch.segment)
 
 
 def _jump(denoiser: Denoiser, switch: Switch, frame: int, history: History, context_timestep: float) -> None:
@@ -107,14 +115,17 @@ TRANSITIONS: dict[str, Callable[[Denoiser, Switch, int, History, float], None]] 
     "recache": recache, "keep": _keep, "soft": _soft, "flush": _flush, "jump": _jump, "cut": _cut}
 # the next block stands behind an empty memory, as the first one of a video does
 FRESH = frozenset({"cut"})
+SCENES = frozenset({"cut", "jump"})  # nothing of the next block has been begun with the one before
 
 
 def take_up(denoiser: Denoiser, pending: deque[Switch], frame: int) -> None:
     """Drop the switches up to `frame`, which a rollout carried out before it was saved, and bring back their text."""
     due = passed(pending, frame)
     if due:
-        text = _soft if due[-1].transition == "soft" else _keep
-        text(denoiser, due[-1], frame, None, 0.0)
+        if due[-1].transition == "soft":
+            _soft(denoiser, due[-1], frame, None, 0.0)
+        else:
+            denoiser.replace_text(due[-1].segment)
 
 
 def passed(pending: deque[Switch], frame: int) -> list[Switch]:

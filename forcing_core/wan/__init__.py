@@ -1,6 +1,10 @@
 """Wan 2.1: our compact module tree and the causal forward that runs over it or over ComfyUI's."""
+from .camera import Camera
 from .forward import Ops, forward
+from .image import ImageText, image_cross_attention
 from .model import WanConfig, WanModel
 from .text import TextState, blended
+from .vace import Vace, vace_layers
 
-__all__ = ["Ops", "TextState", "WanConfig", "WanModel", "blended", "forward"]
+__all__ = ["Camera", "ImageText", "Ops", "TextState", "Vace", "WanConfig", "WanModel", "blended", "forward",
+           "image_cross_attention", "vace_layers"]

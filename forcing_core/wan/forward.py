@@ -10,7 +10,7 @@ Arithmetic follows arXiv 2503.20314 and the public repo guandeh17/Self-Forcing: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Protocol, Sequence
 
 import torch
 from einops import rearrange
@@ -92,6 +92,12 @@ def _frames(x: Tensor, m: Tensor) -> Tensor:
     return x.unflatten(1, (m.shape[1], -1))
 
 
+def _behind(leading: int, x: Tensor, y: Tensor, *m: Tensor) -> list[Tensor]:
+    """Tokens x, y [B, n, D] and modulations of all frames but the first `leading`."""
+    tokens = x.shape[1] // m[0].shape[1] * leading
+    return [x[:, tokens:], y[:, tokens:], *(t[:, leading:] for t in m)]
+
+
 def keys_and_values(block: nn.Module, x: Tensor, m: Sequence[Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(modulated input, k, v): the first half of a layer up to what a store keeps. k, v [B, n, H, d]."""
     y = torch.addcmul(m[0], block.norm1(_frames(x, m[0])), 1 + m[1]).flatten(1, 2)
@@ -105,23 +111,59 @@ def feed_forward(block: nn.Module, x: Tensor, m: Sequence[Tensor]) -> Tensor:
     return torch.addcmul(_frames(x, m[5]), _frames(y, m[5]), m[5]).flatten(1, 2)
 
 
+class Beside(Protocol):
+    """What a network has beside its blocks (VACE's control blocks, a camera adapter), for one forward. layers: of the
+    store, all in all. `begin` gets the embedded frames; `number` is the layer of the store that a block has; `after` what
+    comes behind a block. Tokens are [B, n, D]; None, as from a layer, ends a silent pass.
+    """
+
+    layers: int
+
+    def begin(self, tokens: Tensor) -> Tensor: ...
+
+    def number(self, index: int) -> int: ...
+
+    def after(self, index: int, x: Tensor, run: "_Run") -> Tensor | None: ...
+
+
+class Alone:
+    """A network without anything beside its blocks."""
+
+    def __init__(self, net: Any):
+        self.layers = len(net.blocks)
+
+    def begin(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def number(self, index: int) -> int:
+        return index
+
+    def after(self, index: int, x: Tensor, run: "_Run") -> Tensor:
+        return x
+
+
 class _Run:
     """One forward: what all layers share. Lives as long as the forward does."""
 
-    def __init__(self, net: Any, text: TextState, memory: Exchange, e: Tensor, ops: Ops):
-        self.net, self.text, self.memory, self.e, self.ops = net, text, memory, e, ops
+    def __init__(self, net: Any, text: TextState, memory: Exchange, e: Tensor, ops: Ops, layers: int):
+        self.net, self.text, self.memory, self.e, self.ops, self.layers = net, text, memory, e, ops, layers
         self.first_half, self.ffn = ops.compile(keys_and_values), ops.compile(feed_forward)
         self.attend = getattr(memory, "attend", _plainly)
-        self.observed = getattr(memory, "observes", False)
+        self.observed, self.asked = getattr(memory, "observes", False), getattr(memory, "asks", False)
+        self.leading = getattr(memory, "leading", 0)
 
     def layer(self, index: int, block: nn.Module, x: Tensor) -> Tensor | None:
-        """One layer. Returns None after the last layer of a silent pass: its keys are all that is wanted."""
+        """One layer of the store. Returns None after the last layer of a silent pass: its keys are all that is wanted."""
         ops, heads = self.ops, self.net.num_heads
         m = _modulation(block, self.e, x, ops)
         y, k, v = self.first_half(block, x, m, heads)
         attention = block.self_attn
-        last = self.memory.silent and index == len(self.net.blocks) - 1
+        last = self.memory.silent and index == self.layers - 1
+        if self.leading and index == self.layers - 1:
+            x, y, *m = _behind(self.leading, x, y, *m)
         q = None if last and not self.observed else attention.norm_q(attention.q(y)).unflatten(2, (heads, -1))
+        if self.asked:
+            self.memory.ask(index, self.text.mean_key(index, block.cross_attn, self.net.text_embedding, heads))
         if last:
             self.memory.exchange(index, q, k, v)
             return None
@@ -134,27 +176,34 @@ class _Run:
         return self.ffn(block, x, m)
 
 
-def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exchange, ops: Ops) -> Tensor | None:
-    """Velocity of the call's frames, [B, C, F, h, w], or None for a silent (clean, recache) pass.
+def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exchange, ops: Ops,
+            beside: Beside | None = None) -> Tensor | None:
+    """Velocity of the call's frames, [B, C, F, h, w], without the `leading` ones of a joined pass, or None for a silent
+    (clean, recache) pass.
 
-    net: our WanModel or ComfyUI's. x: [B, C, F, h, w] in the compute dtype, h and w even. timesteps: float32
-    [B, F], 0..1000. Raises ForcingError for odd sizes.
+    net: our WanModel or ComfyUI's. x: [B, C, F, h, w] in the compute dtype, h and w even; with channels of conditioning
+    behind those of the latents where the network has them. timesteps: float32 [B, F], 0..1000. Raises ForcingError for
+    odd sizes.
     """
+    beside = beside or Alone(net)
     if x.shape[3] % net.patch_size[1] or x.shape[4] % net.patch_size[2]:
         raise ForcingError(f"A latent of {x.shape[3]}x{x.shape[4]} does not divide into 2x2 patches. "
                            "Use a width and a height divisible by 16 pixels.")
     tokens = net.patch_embedding(x.float()).to(x.dtype)
     grid = tokens.shape[2:]
-    tokens = tokens.flatten(2).transpose(1, 2)
+    tokens = beside.begin(tokens.flatten(2).transpose(1, 2))
     e = net.time_embedding(timestep_embedding(timesteps.flatten(), net.freq_dim, ops.sinusoid).to(x.dtype))
     e = e.unflatten(0, timesteps.shape)
-    run = _Run(net, text, memory, net.time_projection(e).unflatten(2, (6, -1)), ops)
+    run = _Run(net, text, memory, net.time_projection(e).unflatten(2, (6, -1)), ops, beside.layers)
     for index, block in enumerate(net.blocks):
-        step = lambda y, i=index, b=block: run.layer(i, b, y)  # noqa: E731
+        number = beside.number(index)
+        step = lambda y, i=number, b=block: run.layer(i, b, y)  # noqa: E731
         tokens = ops.around_block(index, step, tokens, {"e": run.e, "text": text})
+        tokens = None if tokens is None else beside.after(index, tokens, run)
         if tokens is None:
             return None
-    return unpatchify(net.head(tokens, e), grid, net.patch_size, net.out_dim)
+    grid = (grid[0] - run.leading, *grid[1:])
+    return unpatchify(net.head(tokens, e[:, run.leading:]), grid, net.patch_size, net.out_dim)
 
 
 def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:

@@ -43,3 +43,11 @@ class TextState:
             context = self.embedded(text_embedding)
             self._cache[layer] = attention.norm_k(attention.k(context)), attention.v(context)
         return self._cache[layer]
+
+    def mean_key(self, layer: int, attention: nn.Module, text_embedding: nn.Module, heads: int) -> Tensor:
+        """[B, H, d] float32: mean of the layer's keys over the rows that are not padding, or over all where all are."""
+        keys, _ = self.keys_values(layer, attention, text_embedding)
+        real = self.context.ne(0).any(dim=2)
+        weight = (real | ~real.any(dim=1, keepdim=True)).float()
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        return torch.einsum("br,brd->bd", weight, keys.float()).unflatten(1, (heads, -1))
