@@ -21,7 +21,9 @@ class Exchange(Protocol):
 
     A pass may also have `attend(layer, q, keys, values, attention)`, which stands for `attention(q, keys, values)`
     with what `exchange` returned: for choices per head and for key biases. One with `observes` true gets queries even
-    in the last layer of a silent pass: for choices that depend on them.
+    in the last layer of a silent pass: for choices that depend on them. One with `asks` true is told of the prompt before
+    every `exchange`, by `ask(layer, text)` with the mean key of the layer's cross-attention, float32 [B, H, D]. One with
+    `leading` frames of which the last layer's keys and values are all that is wanted gets its queries there without them.
     """
 
     silent: bool
@@ -65,11 +67,15 @@ class Pass:
 
     def _read(self, layer: int, roped: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stored frames, then the call's own ones that are attended to without being stored."""
-        parts = [self.store.read(layer, self.plan, self.rope)] if self.plan.read else []
+        parts = [self._stored(layer)] if self.plan.read else []
         if self.plan.own:
             own = [self.call.span.index(frame) for frame in self.plan.own]
             parts.append((self._clip(roped, own), self._clip(v, own)))
         return parts[0] if len(parts) == 1 else tuple(torch.cat(t, dim=1) for t in zip(*parts))
+
+    def _stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(rotated keys, values) of the plan's read frames."""
+        return self.store.read(layer, self.plan, self.rope)
 
     def _clip(self, t: Tensor, frames: list[int]) -> Tensor:
         """These frames of the call, by their number in it."""

@@ -43,8 +43,10 @@ POLICIES = {
     "recency": None,
     "recompute": None,
     "rolling_sink": None,
-    "knot": "the knot rollout is not part of this version",
-    "sliding": "the model is not a Wan 2.1 and is not supported",
+    "relax": None,
+    "memflow": None,
+    "knot": "its weights are not public; Forcing Knot adds its knots and its reference to other systems",
+    "sliding": "it is no Wan 2.1 model: the Forcing LIVE nodes run it",
 }
 
 
@@ -291,12 +293,27 @@ _ROWS = (
             paper="2602.07775", code="haodong2000/RollingSink",
             notes="Runs on Self Forcing weights; also meant for Causal Forcing. The beginning of the video comes back in the "
                   "memory for ever. Published up to 8192 frames; no limit here."),
+    replace(_ON_SELF_FORCING, name="relax-forcing", title="Relax Forcing (training-free)", policy="relax", window=7, sink=2,
+            positions="relative", options=(("history", 1), ("recent", 1), ("candidates", 4), ("reservoir", 120),
+                                           ("novelty", 2.0)),
+            paper="2603.21366", code="zengqunzhao/Relax-Forcing",
+            notes="Runs on Self Forcing weights; its code is Apache-2.0. A block attends to 7 frames, chosen from 120 that are "
+                  "kept: 34 GB at 832x480 in 16 bit, half of it with store int8. Unverified: what the 120 count, and prompt "
+                  "switches, of which the paper says nothing."),
+    replace(_ON_SELF_FORCING, name="memflow", title="MemFlow: memory chosen by the prompt (without its weights)",
+            policy="memflow", window=12, positions="relative", recache=True, global_sink=True,
+            options=(("top_k", 2),), paper="2512.14699",
+            code="KlingTeam/MemFlow",
+            notes="At a prompt switch the frames that fit the new prompt best become the memory. The authors trained a LoRA "
+                  "with it, whose place and licence are not known here; on Self Forcing weights only the mechanism is theirs. "
+                  "Unverified: window and size of the bank, what the prompt is compared with, and the recache."),
     Preset("live", "LIVE (RealEstate10K)", policy="sliding", block=1, window=32, positions="relative", steps=(),
            solver="dpm", step_count=18, shift=3.0, base="LIVE DiT 774M", weights_key=FLAT,
-           files=(File("junchaoh-cs/LIVE-Re10K", "", 10_400_000_000),),
+           files=(File("junchaoh-cs/LIVE-Re10K", "live-re10k.ckpt", 10_436_804_929),
+                  File("junchaoh-cs/LIVE-Re10K", "vae-kl16.ckpt", 265_900_046)),
            licence="Apache-2.0", paper="2602.03747", code="Junchao-cs/LIVE", training_frames=None, fps=None,
-           notes="Not a Wan model: 256x256, own VAE, camera conditioning. Listed so that its files are recognised. "
-                 "Its context gets light noise."),
+           notes="Not a Wan model: 256x256, own autoencoder (the second file), driven by a camera. The Forcing LIVE nodes and "
+                 "forcing_core/live run it. Its context gets light noise and is encoded anew for every frame."),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ROWS}

@@ -73,6 +73,20 @@ class Saved:
         value = self._plain.get(name)
         return value if isinstance(value, str) else self._fail(self._where(name), "is no text")
 
+    def texts(self, name: str, count: int) -> tuple[str | None, ...]:
+        """So many texts, None among them."""
+        values = self._plain.get(name)
+        fits = isinstance(values, list) and len(values) == count and all(v is None or isinstance(v, str) for v in values)
+        return tuple(values) if fits else self.fail(name, f"is no list of {count} words")
+
+    def anything(self, name: str) -> Any:
+        """A plain value that whoever asks for it checks."""
+        return self._plain.get(name)
+
+    def fail(self, name: str, problem: str) -> Any:
+        """Raise ForcingError about one of its values."""
+        return self._fail(self._where(name), problem)
+
     def integer(self, name: str, low: int, high: int) -> int:
         return self._integer(self._plain.get(name), low, high, name)
 

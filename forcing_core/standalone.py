@@ -14,7 +14,7 @@ from .memory import make_memory
 from .noise import Noise
 from .options import cache_of, first_levels_of, levels_of
 from .plan import Block, layout
-from .policies import KINDS
+from .policies import KINDS, build, replayed_frames
 from .presets import Preset
 from .rollout import ROLLOUTS
 from .solvers import SOLVERS
@@ -33,18 +33,18 @@ def window_options(preset: Preset, **changes) -> Any:
 
 
 def make_denoiser(net: WanModel, options: Any, frames: int, size: tuple[int, int],
-                  prompts: Sequence[Tensor], guidance: float = 1.0) -> NetworkDenoiser:
+                  prompts: Sequence[Tensor], guidance: float = 1.0, ahead: int = 0) -> NetworkDenoiser:
     """A denoiser with an empty store for each condition.
 
     frames: latent frames of the whole video; size: (H, W) of the latent, both even; prompts: one
-    [B, text_len, text_dim] a condition, whose dtype is the compute dtype.
+    [B, text_len, text_dim] a condition, whose dtype is the compute dtype. ahead: latent frames of a knot.
     """
     grid = size[0] // net.patch_size[1], size[1] // net.patch_size[2]
 
     def condition(prompt: Tensor) -> Condition:
         return Condition([prompt], make_memory(options, frames, layers=net.config.layers, grid=grid,
                                                head_dim=net.config.dim // net.config.heads, heads=net.config.heads,
-                                               device=prompt.device))
+                                               device=prompt.device, ahead=ahead))
 
     return NetworkDenoiser(net, [condition(prompt) for prompt in prompts], guidance, dtype=prompts[0].dtype)
 
@@ -63,12 +63,13 @@ def preset_rollout(preset: Preset, denoiser: Denoiser, frames: int, noise: Noise
                    **more: Any) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) of `frames` new latent frames, run as the preset's authors do it.
 
-    more: further settings of the rollout, such as switches, or the `window` of a memory that is not the preset's own
-    to a rollout that recomputes it.
+    more: further settings of the rollout, such as switches, or the `window` that a recache replays, for a memory that is
+    not the preset's own.
     """
-    order = KINDS[preset.policy][0].rollout
-    more = {"window": preset.window, **more} if order == "recompute" else more
-    run = ROLLOUTS[order]
+    cache = cache_of(preset)
+    if "window" not in more:
+        more["window"] = replayed_frames(build(cache, frames))
+    run = ROLLOUTS[cache.rollout]
     return run(denoiser, blocks_of(preset, frames), levels_of(preset), noise, first_levels=first_levels_of(preset),
                block=preset.block, independent_first=preset.independent_first, context_timestep=preset.context_timestep,
                solver=SOLVERS[preset.solver], **more)

@@ -6,13 +6,18 @@ from typing_extensions import override
 
 from .cache import ForcingCache, ForcingPlanView
 from .guiding import ForcingGuider
+from .knot import ForcingKnot
 from .latents import ForcingEmptyLatent, ForcingExtend, ForcingStartImage
+from .live import ForcingActionTrack, ForcingCameraPath, ForcingLiveCheckpoint, ForcingLiveSampler
 from .loading import ForcingLoadCheckpoint
 from .micro import ForcingMicroModel
+from .restyle import ForcingRestyle
+from .routes import register
 from .sampling import ForcingPreset, ForcingSampler, ForcingSigmas
 from .snapshot import ForcingResume, ForcingSnapshot
 from .stream import ForcingStream
 from .track import ForcingPromptSegment, ForcingPromptTrack
+from .video import ForcingStartVideo
 
 NODES: list[type[io.ComfyNode]] = [
     ForcingLoadCheckpoint,
@@ -27,6 +32,13 @@ NODES: list[type[io.ComfyNode]] = [
     ForcingEmptyLatent,
     ForcingStartImage,
     ForcingExtend,
+    ForcingStartVideo,
+    ForcingKnot,
+    ForcingRestyle,
+    ForcingLiveCheckpoint,
+    ForcingCameraPath,
+    ForcingActionTrack,
+    ForcingLiveSampler,
     ForcingStream,
     ForcingSnapshot,
     ForcingResume,
@@ -38,6 +50,9 @@ class ForcingExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
+
+
+register()
 
 
 async def comfy_entrypoint() -> ForcingExtension:

@@ -21,7 +21,8 @@ class ForcingCache(io.ComfyNode):
             category=CATEGORY,
             description="What past frames each block may attend to. Memory and time per block are constant once the window "
                         "is full, so the video can be as long as you like.",
-            search_aliases=["kv cache", "window", "sink", "long video", "rolling forcing", "reward forcing", "deep forcing"],
+            search_aliases=["kv cache", "window", "sink", "long video", "rolling forcing", "reward forcing", "deep forcing",
+                            "relax forcing", "memflow"],
             inputs=[policy_input()],
             outputs=[Cache.Output(display_name="cache")],
         )

@@ -2,7 +2,8 @@
 
 Defaults come from the options dataclass, so they are the paper's; here are only ranges and words. A new policy
 appears in the node as soon as it has a sentence in TITLES beside its row in `KINDS`; give its fields rows in FIELDS.
-All of them are optional, so that a workflow saved before a field existed goes on working.
+All of them are optional, so that a workflow saved before a field existed goes on working. It holds their values by place,
+so a new field comes behind those in ORDER, wherever the dataclass has it; once released, it goes to the end of its row.
 """
 from __future__ import annotations
 
@@ -28,10 +29,30 @@ TITLES = {
     "recency": "Recency Forcing: what is long ago counts less. For Self Forcing weights",
     "recompute": "Krea Realtime: the context is computed anew before every block. Slower, drifts less",
     "rolling_sink": "Rolling Sink: the beginning of the video comes back in place of older frames. For Self Forcing weights",
+    "relax": "Relax Forcing: a few frames, one of them an old one that is unlike the newest. For Self Forcing weights",
+    "memflow": "MemFlow: at a change of prompt, the frames that fit the new one best are kept",
+}
+# kind -> fields in the order of their widgets, as in files of users: rows may only grow at their ends
+ORDER = {
+    "window": ("window", "sink", "positions", "limit", "compact", "jitter", "store", "offload", "dense"),
+    "rolling": ("window", "sink", "positions", "limit", "store", "offload", "dense"),
+    "ema_sink": ("window", "sink", "alpha", "sink_dtype", "compact", "store", "offload", "dense"),
+    "deep_sink": ("window", "sink", "hole", "positions", "limit", "compact", "store", "offload", "dense"),
+    "deep_compress": ("window", "sink", "budget", "recent", "reuse_cap", "aligned", "hole", "positions", "limit", "compact",
+                      "store", "offload", "dense"),
+    "bounded": ("sink", "slow", "fast", "mode", "tau", "interval", "promote", "released", "compact",
+                "store", "offload", "dense"),
+    "routing": ("top_k", "sink", "recent", "group", "window", "store", "offload", "dense"),
+    "merging": ("tau", "sink", "recent", "radius", "budget", "limit", "compact", "store", "offload", "dense"),
+    "recency": ("window", "sink", "recent", "beta", "gamma", "compact", "store", "offload", "dense"),
+    "recompute": ("window", "weight", "store", "offload", "dense"),
+    "rolling_sink": ("window",),
+    "relax": ("sink", "history", "recent", "candidates", "reservoir", "novelty", "store", "offload", "dense"),
+    "memflow": ("window", "top_k", "active", "compact", "store", "offload", "dense"),
 }
 # Options that do not exist in a graph: the block size is the sampler's.
 HIDDEN = ("block",)
-BASE = ("store", "dense", "offload")  # of every policy, shown last
+BASE = ("store", "offload", "dense")  # of every policy whose store takes them
 
 
 def _int(low: int, high: int, tooltip: str, **more):
@@ -87,13 +108,23 @@ FIELDS = {
     "promote": _int(1, 64, "Leading latent frames of a block that are promoted together.", advanced=True),
     "released": _bool("Decide as the published code does, at the block's first step and against the last forward.",
                       advanced=True),
-    "top_k": _int(0, 4096, "Past latent frames that a query may attend to, chosen by score. Fewer is faster."),
+    "top_k": _int(0, 4096, "routing: past latent frames that a query may attend to, chosen by score. Fewer is faster. memflow: "
+                           "frames that a change of prompt puts into the bank, which has one more."),
     "group": _combo(["head", "block", "token"], "Who chooses: every head, blocks of 128 queries of a head, or every query "
                                                 "(exact as in the paper, slow).", advanced=True),
     "beta": _float(0.0, 100.0, 0.5, "How much less the oldest history counts: its logits get minus this. 0: a plain window."),
     "gamma": _float(0.0, 10.0, 0.05, "How soon the history counts less: small for at once, doubled at every step.",
                     advanced=True),
     "weight": _float(0.01, 1.0, 0.01, "Share of past frames but the first one. 1: as they are. 0.3 lets errors build up less."),
+    "history": _int(0, 64, "Old latent frames that a block attends to, chosen among the candidates."),
+    "candidates": _int(1, 256, "Latent frames that the old ones are chosen from, spread over the newer half of the reservoir.",
+                       advanced=True),
+    "reservoir": _int(4, 4096, "Latent frames kept to choose from, the current block included: this sets the memory. 120 as "
+                               "published is much; 40 are 10 seconds."),
+    "novelty": _float(0.0, 100.0, 0.5, "How much an old frame loses for being like the newest one. 2 as published; 0: only its "
+                                       "likeness to the sink counts.", advanced=True),
+    "active": _int(0, 64, "Frames of the bank that a layer attends to, those that fit its queries best. 0: all.",
+                   advanced=True),
     "radius": _int(0, 64, "How many rows and columns away a token may find its like.", advanced=True),
     "store": _combo(list(CODECS), "Numbers of the KV store: the model's own, or int8 / fp8 at half the memory and a small "
                                   "error.", advanced=True),
@@ -112,13 +143,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 NONE_IS_ZERO = ("window", "reuse_cap")  # 0 in the graph is None in the options
 
 
-def _shown(kind: str) -> list[tuple[str, Any]]:
-    """(field, default) of a policy's widgets, its own ones first."""
-    options = KINDS[kind][0]
-    pairs = [(f.name, DEFAULTS.get(kind, {}).get(f.name, None if f.default is MISSING else f.default))
-             for f in fields(options) if f.name not in HIDDEN]
-    own = [pair for pair in pairs if pair[0] not in BASE]
-    return own + [pair for pair in pairs if pair[0] in BASE and options.variants]
+def shown(kind: str) -> list[tuple[str, Any]]:
+    """(field, default) of a policy's widgets: those in ORDER, then new ones, its own before those of every policy."""
+    options, order = KINDS[kind][0], ORDER.get(kind, ())
+    defaults = {f.name: DEFAULTS.get(kind, {}).get(f.name, None if f.default is MISSING else f.default)
+                for f in fields(options) if f.name not in (*HIDDEN, *BASE)}
+    if options.variants:
+        defaults |= {f.name: f.default for f in fields(options) if f.name in BASE}
+    return [(name, defaults[name]) for name in (*order, *(name for name in defaults if name not in order))]
 
 
 def _widget(kind: str, name: str, default: Any):
@@ -132,7 +164,7 @@ def policy_input() -> io.DynamicCombo.Input:
     """The drop-down of policies; each shows its own widgets."""
     tooltip = "How the past is remembered. " + " ".join(f"{kind}: {title}." for kind, title in TITLES.items())
     return io.DynamicCombo.Input("policy", tooltip=tooltip, options=[
-        io.DynamicCombo.Option(kind, [_widget(kind, *pair) for pair in _shown(kind)]) for kind in TITLES])
+        io.DynamicCombo.Option(kind, [_widget(kind, *pair) for pair in shown(kind)]) for kind in TITLES])
 
 
 def options_of(policy: dict[str, Any]):
@@ -141,6 +173,6 @@ def options_of(policy: dict[str, Any]):
     Raises ForcingError, worded by the policy, for values that do not go together.
     """
     kind = policy["policy"]
-    given = {name: policy[name] for name, _ in _shown(kind) if policy.get(name) is not None}
+    given = {name: policy[name] for name, _ in shown(kind) if policy.get(name) is not None}
     given.update({name: None for name in NONE_IS_ZERO if given.get(name) == 0})
     return KINDS[kind][0](**{**DEFAULTS.get(kind, {}), **given, "block": 1})

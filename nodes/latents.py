@@ -100,7 +100,7 @@ def _padded(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
     return out
 
 
-_FIT = {
+FIT = {
     "crop": lambda image, w, h: comfy.utils.common_upscale(image, w, h, "bicubic", "center"),
     "stretch": lambda image, w, h: comfy.utils.common_upscale(image, w, h, "bicubic", "disabled"),
     "pad": _padded,
@@ -133,7 +133,7 @@ class ForcingStartImage(io.ComfyNode):
         samples = latent["samples"]
         height, width = samples.shape[3] * 8, samples.shape[4] * 8
         frames = image[:1 + 4 * ((image.shape[0] - 1) // 4), :, :, :3]
-        pixels = _FIT[fit](frames.movedim(-1, 1), width, height).movedim(1, -1).clamp(0, 1)
+        pixels = FIT[fit](frames.movedim(-1, 1), width, height).movedim(1, -1).clamp(0, 1)
         given = vae.encode(pixels).to(samples)
         given = given.expand(samples.shape[0], -1, -1, -1, -1).contiguous()
         return io.NodeOutput(with_given(given, given.shape[2] + samples.shape[2]))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import comfy.model_management as mm
 import comfy.model_sampling
@@ -97,18 +98,25 @@ class ForcingLoadCheckpoint(io.ComfyNode):
                                        "form. Style LoRAs go through ComfyUI's own LoRA loader."),
                 io.Float.Input("lora_strength", default=1.0, min=-10.0, max=10.0, step=0.05, advanced=True,
                                tooltip="1.0 is what LongLive was published with."),
+                io.Combo.Input("vace", options=[NONE, *folder_paths.get_filename_list("diffusion_models")], default=NONE,
+                               optional=True, advanced=True,
+                               tooltip="A Wan 2.1 VACE model of the same size: its control blocks are joined to the "
+                                       "checkpoint, so that the references, poses, depths and masks of WanVaceToVideo act."),
             ],
             outputs=[io.Model.Output(tooltip="Connect to Forcing Guider, or through LoRA loaders first.")],
         )
 
     @classmethod
-    def execute(cls, checkpoint, system, weights, weight_dtype, lora, lora_strength) -> io.NodeOutput:
+    def execute(cls, checkpoint, system, weights, weight_dtype, lora, lora_strength, vace=NONE) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", checkpoint)
         loaded = checkpoints.load(path, preset=None if system == AUTO else system,
                                   key=None if weights == AUTO else weights)
         for sentence in loaded.report:
             log.info("%s", sentence)
         factors = None if lora == NONE else _read_lora(lora, loaded.state_dict)
+        if vace != NONE:
+            control = checkpoints.vace_weights(folder_paths.get_full_path_or_raise("diffusion_models", vace), loaded.config)
+            loaded = replace(loaded, state_dict={**loaded.state_dict, **control})
         model = plain_model(loaded, checkpoint, weight_dtype)
         if factors is not None:
             model = comfy.sd.load_lora_for_models(model, None, factors, lora_strength, 0.0)[0]

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
 from typing import Iterator, Sequence
 
 import comfy.model_management as mm
@@ -16,10 +15,12 @@ from ..forcing_core.errors import ForcingError
 from ..forcing_core.noise import BlockNoise, CoreNoise, Noise, ReferenceNoise
 from ..forcing_core.options import RolloutOptions, blocks_of, check_sigmas, levels_from
 from ..forcing_core.plan import Block, Call
-from ..forcing_core.policies import build
+from ..forcing_core.policies import build, replayed_frames
 from ..forcing_core.rollout import ROLLOUTS, calls
+from ..forcing_core.rollout.joining import Joining
+from ..forcing_core.rollout.restyle import Restyling, Shifted
 from ..forcing_core.rollout.transitions import check_switches, fresh_starts, replays
-from ..forcing_core.schedule import Level, renoise
+from ..forcing_core.schedule import Level
 from ..forcing_core.solvers import SOLVERS
 from ..forcing_core.streaming import ENDLESS, EndlessBlocks
 from ..forcing_core.track import schedule
@@ -58,21 +59,6 @@ def given_frames(latent: Tensor, mask: Tensor | None) -> int:
     return given
 
 
-@dataclass
-class _Shifted:
-    """Noise for partial denoising: every block starts from its own latents mixed with noise at the first sigma."""
-
-    inner: Noise
-    latent: Tensor
-    sigma: float
-
-    def initial(self, block: Block) -> Tensor:
-        return renoise(self.latent[:, :, block.first:block.end], self.inner.initial(block), self.sigma)
-
-    def renoise(self, block: Block, step: int) -> Tensor:
-        return self.inner.renoise(block, step)
-
-
 def _noise(options: RolloutOptions, seed: int, clip: Tensor, frames: int) -> Noise:
     sizes = {"channels": tuple(clip.shape[:2]), "size": tuple(clip.shape[3:]), "device": clip.device}
     makers = {
@@ -94,7 +80,8 @@ class _Progress:
 
     def tick(self, x: Tensor, x0: Tensor | None, levels: Sequence[Level]) -> None:
         if x0 is not None:  # of frames denoised jointly, the first ones are the cleanest
-            self.newest = x0[:, :, :levels.count(levels[0])]
+            noisy = next(level for level in levels if level.sigma)  # frames of a knot have none
+            self.newest = x0[:, :, levels.index(noisy):][:, :, :levels.count(noisy)]
         self.bar.update(1)
         self.done += 1
         # the last forward's tick is sent by `finish` with everything, so that denoised_output is complete
@@ -124,7 +111,7 @@ class _Ticking:
 
 class CausalSampler(Sampler):
     """Runs a rollout over whatever guider it is given. `rollout` holds its options (read by `host.reserve`); snapshots: a
-    `snapshot.Snapshots`, or None.
+    `snapshot.Snapshots`, or None. restyle: the video that blocks start from, a `restyle.Source`, or None.
 
     For a subclass that streams: `frames`, latent frames of the whole video where the latents it gets are shorter
     (ENDLESS: until interrupted), and `beside`, bytes of the device that it needs while the rollout runs.
@@ -132,9 +119,10 @@ class CausalSampler(Sampler):
 
     frames: int | None = None
     beside = 0
+    reference: Tensor | None = None  # latents [1 or B, C, r, H, W] in the graph's scale, for a memory with a reference
 
-    def __init__(self, rollout: RolloutOptions, snapshots=None):
-        self.rollout, self.snapshots = rollout, snapshots
+    def __init__(self, rollout: RolloutOptions, snapshots=None, restyle=None):
+        self.rollout, self.snapshots, self.restyle = rollout, snapshots, restyle
 
     @torch.no_grad()
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
@@ -149,6 +137,10 @@ class CausalSampler(Sampler):
         parts = [] if run.given is None else [run.given]
         parts += [latents for _, latents in run.finished(progress)]
         return torch.cat(parts, dim=2)
+
+    def steer(self, run: "_Run"):
+        """What the rollout is given as `steer`, or None. Called before the first forward; may change noise and switches."""
+        return None
 
     def _finish(self, run: "_Run", progress: _Progress) -> Tensor:
         try:
@@ -171,7 +163,7 @@ class _Run:
         self.options, self.guider = options, guider
         self.levels = levels_from(values, options.timesteps)
         self.first_levels = options.first_sigmas and levels_from(options.first_sigmas, options.timesteps)
-        self.shape = shape_of(base, whole)
+        self.shape = shape_of(base, whole, guider)
         self.endless = self.shape.frames >= ENDLESS
         refuse_partial_conditions(guider, self.shape, values[0])
         self.given = self._given(latent_image, denoise_mask, extra_args, base)
@@ -179,10 +171,13 @@ class _Run:
         self.blocks = EndlessBlocks(options.block, count, options.independent_first) if self.endless else \
             blocks_of(self.shape.frames, count, options)
         self.noise = self._make_noise(values[0], extra_args.get("seed") or 0, noise, latent_image, count)
+        self.restyling = self._restyling(sampler.restyle, values[0]) if sampler.restyle else None
+        self.reference = self._reference(sampler.reference)
         self._warn_about_guidance()
         make_room(guider, run_bytes(guider, options, whole) + sampler.beside)
         self.denoiser = HostDenoiser(guider, extra_args, options, self.shape, prompts=self._lay_tracks())
         self.kept = snapshots.begin(self, extra_args.get("seed") or 0) if snapshots else None
+        self.helm = sampler.steer(self)
 
     def _given(self, latent_image, denoise_mask, extra_args, base) -> Tensor | None:
         """Given latents: leading frames the noise mask keeps, or the start image of core's ARVideoI2V node."""
@@ -198,6 +193,18 @@ class _Run:
                                "differ in size. Connect the LATENT of the same AR Video I2V node.")
         initial = base.process_latent_in(initial).to(latent_image)
         return initial.expand(self.shape.batch, *initial.shape[1:]) if initial.shape[0] == 1 else initial
+
+    def _reference(self, latents: Tensor | None) -> Tensor | None:
+        """Latents of a reference, one for each video of the batch, in the network's scale."""
+        if latents is None:
+            return None
+        shape = self.shape
+        if latents.shape[0] not in (1, shape.batch) or latents.shape[3:] != (shape.height, shape.width):
+            raise ForcingError(f"The reference's latent {list(latents.shape)} does not fit a video of {shape.width * 8}x"
+                               f"{shape.height * 8} pixels and a batch of {shape.batch}. Encode the reference picture at that "
+                               "size.")
+        scaled = self.guider.inner_model.process_latent_in(latents.float())
+        return scaled.to(self.guider.model_patcher.load_device).expand(shape.batch, -1, -1, -1, -1)
 
     def _lay_tracks(self) -> dict:
         """Lay the conditions' prompt tracks over the blocks: sets `switches` and `policy`, returns the embeddings of every
@@ -217,8 +224,22 @@ class _Run:
         return self.blocks[:last // self.options.block + 2]
 
     def _make_noise(self, sigma: float, seed: int, clip: Tensor, latent_image, given: int) -> Noise:
+        if sigma < PURE_NOISE and self.options.knot.frames:
+            raise ForcingError("The frames of a knot lie behind the end of the latent, so a knot needs whole SIGMAS. Connect "
+                               "those of Forcing Preset or Forcing Sigmas directly, or set the knot to 0.")
         noise = _noise(self.options, seed, clip, self.shape.frames - given)
-        return noise if sigma >= PURE_NOISE else _Shifted(noise, latent_image, sigma)
+        return noise if sigma >= PURE_NOISE else Shifted(noise, latent_image, sigma)
+
+    def _restyling(self, how, sigma: float) -> Restyling:
+        """The blocks' own starts, for a `restyle.Source` of this size."""
+        if sigma < PURE_NOISE:
+            raise ForcingError("The strength of Forcing Restyle says how noisy a block starts, so the SIGMAS have to be whole. "
+                               "Connect those of Forcing Preset or Forcing Sigmas directly.")
+        options = self.options
+        how.options.check("knot" if options.knot.frames else options.cache.rollout)
+        source = how.fitting(self.shape, self.guider.inner_model)
+        blocks = self.blocks[:source.shape[2] // options.block + 1]
+        return Restyling(how.options, source, blocks, lambda value: levels_from((value,), options.timesteps)[0])
 
     def _warn_about_guidance(self) -> None:
         cfg = getattr(self.guider, "cfg", 1.0)
@@ -239,9 +260,11 @@ class _Run:
 
     def _calls(self, blocks: Sequence[Block]) -> list[Call]:
         options = self.options
-        return [*calls(options.cache.rollout, blocks, len(self.levels), first_steps=len(self.first_levels or ()),
+        made = [*calls(options.rollout, blocks, len(self.levels), first_steps=len(self.first_levels or ()),
                        given=0 if self.given is None else self.given.shape[2], block=options.block,
-                       independent_first=options.independent_first, window=self.policy.capacity)]
+                       independent_first=options.independent_first, window=self.policy.capacity,
+                       references=0 if self.reference is None else self.reference.shape[2], **options.order)]
+        return self.restyling.calls(made, self.levels, self.first_levels) if self.restyling else made
 
     def finished(self, progress: _Progress) -> Iterator[tuple[Block, Tensor]]:
         """Yield (block, latents) as they become final. Ends early, with an error in the log, where something goes wrong
@@ -265,12 +288,15 @@ class _Run:
 
     def _rollout(self, progress: _Progress):
         options = self.options
+        knot = {"knot": options.knot, "reference": self.reference, "over": options.cache.rollout}
         rollout = functools.partial(
-            ROLLOUTS[options.cache.rollout],
-            _Ticking(self.denoiser, progress), self.blocks, self.levels, self.noise, first_levels=self.first_levels,
+            ROLLOUTS[options.rollout],
+            _Ticking(Joining(self.denoiser) if options.joined else self.denoiser, progress), self.blocks, self.levels,
+            self.noise, first_levels=self.first_levels,
             context=self.given, block=options.block, independent_first=options.independent_first,
-            context_timestep=options.context_timestep, window=self.policy.capacity, switches=self.switches,
-            solver=SOLVERS[options.solver])
+            context_timestep=options.context_timestep, window=replayed_frames(self.policy), switches=self.switches,
+            solver=SOLVERS[options.solver], **({"make": self.restyling.make} if self.restyling else {}),
+            **({"steer": self.helm} if self.helm else {}), **(knot if options.rollout == "knot" else {}))
         return self.kept.blocks(rollout) if self.kept else rollout()
 
     def _may_keep(self, error: BaseException) -> bool:

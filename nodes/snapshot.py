@@ -5,7 +5,7 @@ import copy
 import logging
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -19,6 +19,8 @@ from ..forcing_core import snapshot
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.plan import Block, Call
 from ..forcing_core.rollout import RolloutState, Switch
+from ..forcing_core.saved import Saved, copied
+from ..forcing_core.streaming.recorder import Recorder
 from .common import CATEGORY
 from .host import model_fingerprint
 from .sampler import CausalSampler
@@ -78,7 +80,8 @@ class Kept:
         self.identity = snapshot.Identity(
             model_fingerprint(patcher),
             snapshot.settings(options.cache, given=0 if run.given is None else run.given.shape[2],
-                              independent_first=options.independent_first, context_timestep=options.context_timestep),
+                              independent_first=options.independent_first, context_timestep=options.context_timestep,
+                              **({"knot": asdict(options.knot)} if options.knot.frames else {})),
             (shape.batch, patcher.model.diffusion_model.out_dim, shape.height, shape.width))
         self._waiting: dict | None = None  # a copy of what is to be written if the run is stopped now
 
@@ -89,9 +92,14 @@ class Kept:
                                "Connect a longer latent.")
         self.state = found.resume(self.identity, self.denoiser, self.device)
         next(self.state.left(blocks))  # refuses other blocks
-        self.parts = [found.latents(self.identity, found.block.end - blocks[0].first).to(self.device)]
+        self._fill(found)
         how = "with the same seed" if found.seed == self.seed else f"as a branch (seed {found.seed} before)"
         log.info("Going on behind latent frame %d of %s, %s.", found.block.end - 1, path.name, how)
+
+    def _fill(self, found: snapshot.Snapshot) -> None:
+        if "stream" in found.saved:
+            raise ForcingError("This snapshot is of a stream, which keeps no latents. Use Forcing Stream to go on with it.")
+        self.parts = [found.latents(self.identity, found.block.end - self.video[0].first).to(self.device)]
 
     def blocks(self, rollout: Callable[..., Iterator[tuple[Block, Tensor]]]) -> Iterator[tuple[Block, Tensor]]:
         """All blocks of the video: those of the source, then those of the rollout, with snapshots written on the way."""
@@ -121,11 +129,14 @@ class Kept:
         if not due and not self.how.on_stop:
             return
         # a stop comes in the middle of the next block, when the memory is no longer what it is now
-        packed = snapshot.pack(self.identity, self.denoiser, self.state, seed=self.seed,
-                               latents=torch.cat(self.parts, dim=2), copy=self.how.on_stop)
+        packed = self._packed(copy=self.how.on_stop)
         self._waiting = None if due else packed
         if due:
             self._write(packed)
+
+    def _packed(self, copy: bool) -> dict:
+        return snapshot.pack(self.identity, self.denoiser, self.state, seed=self.seed, latents=torch.cat(self.parts, dim=2),
+                             copy=copy)
 
     def _write(self, packed: dict | None) -> None:
         """A snapshot that cannot be written is no reason to lose the video."""
@@ -138,6 +149,58 @@ class Kept:
             log.info("Snapshot: %s", path)
         except (ForcingError, OSError) as error:
             log.error("No snapshot: %s", error)
+
+
+@dataclass(frozen=True)
+class StreamSnapshots:
+    """Those of a stream. recorder: a `streaming.recorder.Recorder`; load: called with the saved part of a stream that is gone
+    on with, and the index of its last block."""
+
+    how: Snapshots
+    recorder: Recorder
+    load: Callable[[Saved, int], None]
+
+    def begin(self, run, seed: int) -> StreamKept:
+        kept = StreamKept(self, run, seed)
+        if self.how.source:
+            kept.open(path_of(self.how.source))
+        return kept
+
+
+class StreamKept(Kept):
+    """Snapshots that hold no latents of the past, but the decoder, the log, and the frames that may not be on the disk. They
+    are taken when a block has been written to the file."""
+
+    def __init__(self, streams: StreamSnapshots, run, seed: int):
+        super().__init__(streams.how, run, seed)
+        self.streams = streams
+
+    def _fill(self, found: snapshot.Snapshot) -> None:
+        if "stream" not in found.saved:
+            raise ForcingError("This snapshot is of a clip with all its latents. Use Sampler Custom Advanced to go on with it, "
+                               "or choose a snapshot of a stream.")
+        begun = [self.state.done[0], *self.state.in_work]
+        self.streams.load(found.saved.part("stream"), max(block.index for block in begun))
+
+    def blocks(self, rollout: Callable[..., Iterator[tuple[Block, Tensor]]]) -> Iterator[tuple[Block, Tensor]]:
+        try:
+            for block, latents in rollout(resume=self.state):
+                yield block, latents
+                if self.how.name:
+                    self._after(block)
+        except (Exception, mm.InterruptProcessingException):
+            self._write(self._waiting)
+            raise
+
+    def stopped(self) -> None:
+        """The user ends the run between two blocks."""
+        if self.how.name and self.how.on_stop and self.state.done is not None:
+            self._write(self._packed(copy=False))
+
+    def _packed(self, copy: bool) -> dict:
+        packed = snapshot.pack(self.identity, self.denoiser, self.state, seed=self.seed)
+        packed |= {"stream": self.streams.recorder.state()}
+        return copied(packed) if copy else packed
 
 
 def changed(sampler, **how) -> CausalSampler:
@@ -158,7 +221,7 @@ class ForcingSnapshot(io.ComfyNode):
             display_name="Forcing Snapshot",
             category=CATEGORY,
             description="Saves the state of a causal rollout to a file while it runs: latents, memory and place in the prompt "
-                        "track. Forcing Resume goes on from there.",
+                        "track; of a stream also decoder and log. Forcing Resume goes on from there.",
             search_aliases=["save state", "checkpoint", "pause"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="From Forcing Preset or Forcing Sampler."),
@@ -195,9 +258,17 @@ class ForcingResume(io.ComfyNode):
                 io.Sampler.Input("sampler", tooltip="The SAMPLER of the first run: same system, same cache."),
                 io.Combo.Input("snapshot", options=files(),
                                tooltip="A file of output/snapshots, the newest first. Press R to see new ones."),
+                io.Latent.Input("after", optional=True,
+                                tooltip="Only waits: connect the run of the same workflow that writes the snapshot, so that it "
+                                        "comes first."),
             ],
             outputs=[io.Sampler.Output(tooltip="A rollout that starts with what the snapshot holds.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, snapshot):
+        """The file may be one that this workflow is about to write; `execute` looks for it."""
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, snapshot, **inputs):
@@ -206,7 +277,7 @@ class ForcingResume(io.ComfyNode):
         return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
 
     @classmethod
-    def execute(cls, sampler, snapshot) -> io.NodeOutput:
+    def execute(cls, sampler, snapshot, after=None) -> io.NodeOutput:
         if not path_of(snapshot).is_file():
             raise ForcingError(f"There is no snapshot {snapshot}. Choose one that exists.")
         return io.NodeOutput(changed(sampler, source=snapshot))

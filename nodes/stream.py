@@ -5,7 +5,6 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
 
 import comfy.model_management as mm
 import comfy.sampler_helpers
@@ -18,32 +17,59 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..forcing_core.errors import ForcingError
+from ..forcing_core.files import whole
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.policies import build
+from ..forcing_core.saved import Saved
+from ..forcing_core.steering import Helm, SteeredNoise, read_log
 from ..forcing_core.streaming import ENDLESS, FORMATS, Audio, VideoSink
+from ..forcing_core.streaming.recorder import Recorder, saved_log
 from .common import CATEGORY
-from .host_vae import BlockDecoder
+from .desk import Desk
+from .host_vae import TINY, BlockDecoder
 from .latents import latent_frames
 from .sampler import PURE_NOISE, CausalSampler, given_frames
+from .snapshot import Snapshots, StreamSnapshots
 
 log = logging.getLogger(__name__)
 
 
 class StreamSampler(CausalSampler):
-    """A rollout over `frames` latent frames whose blocks go to `consume` (in the VAE's scale, given frames first) and are
-    not kept. It is called with the latents of the given frames and one block; returns the newest block."""
+    """A rollout over `frames` latent frames whose blocks go to `recorder` (in the VAE's scale, given frames first) and are
+    not kept. It is called with the latents of the given frames and one block; returns the newest block. desk: who steers."""
 
-    def __init__(self, rollout: RolloutOptions, frames: int, consume: Callable[[Tensor], None], beside: int):
-        super().__init__(replace(rollout, keep_on_interrupt=True))
-        self.frames, self.consume, self.beside = frames, consume, beside
+    def __init__(self, sampler: CausalSampler, frames: int, recorder: Recorder, beside: int, desk: Desk):
+        streams = StreamSnapshots(sampler.snapshots or Snapshots(), recorder, self.go_on)
+        super().__init__(replace(sampler.rollout, keep_on_interrupt=True), streams, sampler.restyle)
+        self.frames, self.recorder, self.beside, self.desk = frames, recorder, beside, desk
+        self.prompted, self.resumed = desk.encoder is not None, False
+
+    def go_on(self, saved: Saved, done: int) -> None:
+        """Take up a saved stream whose last block was `done`."""
+        self.desk.steering.go_on(saved_log(saved, done), done)
+        self.recorder.load(saved, self.desk.example, self.desk.scale)
+        self.resumed = True
+
+    def steer(self, run) -> Helm:
+        run.noise = SteeredNoise(run.noise)
+        helm = Helm(self.desk.steering, run.denoiser, run.noise, run.options.block, self.desk.loras.set,
+                    mm.throw_exception_if_processing_interrupted, run.kept.stopped)
+        run.switches = helm.restore(run.blocks, run.switches)
+        return helm
 
     def collect(self, run, progress) -> Tensor:
         out, newest = run.guider.inner_model.process_latent_out, None
-        for _, latents in run.finished(progress):
-            if newest is None and run.given is not None:
-                self.consume(out(run.given))
+        for block, latents in run.finished(progress):
+            if newest is None and run.given is not None and not self.resumed:
+                self.recorder.write(out(run.given))
             newest = latents
-            self.consume(out(latents))
+            self.recorder.write(out(latents))
+            self.desk.live.wrote(block.index, self.recorder.frames, **self.desk.numbers(run))
+        self.recorder.note()
+        if newest is None:  # stopped before a block; the file has nothing new
+            shape = run.shape
+            newest = torch.zeros(shape.batch, run.guider.inner_model.diffusion_model.out_dim, run.options.block, shape.height,
+                                 shape.width)
         return newest
 
 
@@ -73,9 +99,6 @@ def check_stream(sampler, sigmas: Tensor, samples: Tensor) -> None:
     if not isinstance(sampler, CausalSampler):
         raise ForcingError("Only a causal rollout makes a video block by block. Connect the SAMPLER of Forcing Preset or "
                            "Forcing Sampler.")
-    if sampler.snapshots is not None:
-        raise ForcingError("A snapshot holds all latents of the video, which a stream does not keep. Leave the snapshot node "
-                           "out, or use Sampler Custom Advanced.")
     if sampler.rollout.noise != "block":
         raise ForcingError("This kind of noise is drawn for the whole video at once. Set noise to 'per block' in Forcing "
                            "Sampler.")
@@ -153,14 +176,24 @@ class ForcingStream(io.ComfyNode):
                                  tooltip="Keep what the VAE remembers between blocks in RAM instead of VRAM (2 GB at 832x480 "
                                          "in 16 bit). A little slower; the same video."),
                 io.Audio.Input("audio", optional=True, tooltip="Sound for the video, cut to its length."),
+                io.Combo.Input("tiny_vae", options=list(TINY), default="auto", optional=True, advanced=True,
+                               tooltip="Only for tiny VAEs, whose file does not say which latents it takes: model for taew2_1, "
+                                       "vae for lighttaew2_1. auto takes 16-bit files for the former. Wrong colours mean the "
+                                       "other."),
+                io.Clip.Input("clip", optional=True,
+                              tooltip="Text encoder, for new prompts while the stream runs. Without it everything else can be "
+                                      "steered: seed, LoRA strength, pause, stop."),
+                io.String.Input("replay", default="", multiline=True, optional=True, advanced=True,
+                                tooltip="The log of a steered stream (JSON, from the panel or the file's metadata): does the "
+                                        "same again at the same frames. Empty: nothing."),
             ],
             outputs=[io.Video.Output(tooltip="The written file.")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, length, fps, filename_prefix, format,
-                offload_decoder=False, audio=None) -> io.NodeOutput:
+                offload_decoder=False, audio=None, tiny_vae="auto", clip=None, replay="") -> io.NodeOutput:
         samples = latent_image["samples"]
         check_stream(sampler, sigmas, samples)
         mask = latent_image.get("noise_mask")
@@ -170,18 +203,33 @@ class ForcingStream(io.ComfyNode):
         if frames == ENDLESS:
             check_endless(sampler.rollout)
         start, mask = short_latent(samples, given, sampler.rollout.block)
-        decoder = BlockDecoder(vae, guider.model_patcher, samples.shape, offload_decoder)
+        decoder = BlockDecoder(vae, guider.model_patcher, samples.shape, offload_decoder, tiny_vae)
         path, subfolder = _place(filename_prefix, format, samples)
-        with VideoSink(path, fps, format, metadata=_metadata(cls.hidden), audio=sound(audio)) as sink:
-            def consume(latents: Tensor) -> None:
-                for part in decoder.frames(latents):
-                    sink.write(part.numpy())
-
-            how = StreamSampler(sampler.rollout, frames, consume, decoder.beside)
+        saving = sampler.snapshots is not None and bool(sampler.snapshots.name)
+        sink = VideoSink(path, fps, format, metadata=_metadata(cls.hidden), audio=sound(audio), keep=saving,
+                         note=None if args.disable_metadata else {})
+        desk = Desk(guider, sampler.rollout, frames, clip, read_log(replay), fps, cls.hidden.unique_id, decoder, samples)
+        desk.live.file = {"filename": sink.path.name, "subfolder": subfolder, "type": "output", "format": sink.format.suffix}
+        recorder = Recorder(lambda latents: (part.numpy() for part in decoder.frames(latents)), decoder.stream, sink,
+                            desk.steering, desk.live)
+        how = StreamSampler(sampler, frames, recorder, decoder.beside, desk)
+        with desk, sink:
             _run(guider, how, start, sigmas, mask, noise.seed, sink)
+        if not sink.frames:  # told to stop before there was anything
+            raise mm.InterruptProcessingException
+        if not (args.disable_metadata or recorder.note()):
+            _beside(sink.path, recorder)
         log.info("%.1f s of video are in %s.", sink.seconds, sink.path)
         saved = ui.SavedResult(sink.path.name, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(sink.path)), ui=ui.PreviewVideo([saved]))
+
+
+def _beside(path: Path, recorder: Recorder) -> None:
+    """A log that has no room in the file."""
+    place = path.with_suffix(".steering.json")
+    with whole(place) as temporary:
+        temporary.write_text(json.dumps(recorder.noted()), encoding="utf-8")
+    log.info("The log of this stream is in %s: it is too long for the video's metadata.", place)
 
 
 def _run(guider, how: StreamSampler, start: Tensor, sigmas: Tensor, mask: Tensor | None, seed: int, sink: VideoSink) -> None:

@@ -31,7 +31,7 @@ def _only(conditioning, what: str) -> list:
     return conditioning[0]
 
 
-def _embedding(conditioning, what: str):
+def embedding_of(conditioning, what: str):
     """The embedding [1, n, text_dim] of a plain prompt."""
     embedding, more = _only(conditioning, what)
     if TRACK in more:
@@ -79,7 +79,7 @@ class ForcingPromptTrack(io.ComfyNode):
             raise ForcingError("There is no text encoder: the loader's file has none. Use Load CLIP with type wan.")
         plain = read_track(script, transition, soft_blocks)
         conds = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in plain.prompts]
-        segments = tuple(Segment(s.start, _embedding(cond, f"Prompt {number}"), s.transition, s.blocks, s.frames)
+        segments = tuple(Segment(s.start, embedding_of(cond, f"Prompt {number}"), s.transition, s.blocks, s.frames)
                          for number, (s, cond) in enumerate(zip(plain.segments, conds, strict=True), 1))
         return io.NodeOutput(_carrying(Track(segments), conds[0]))
 
@@ -112,6 +112,6 @@ class ForcingPromptSegment(io.ComfyNode):
     def execute(cls, previous, conditioning, start, transition, soft_blocks=SOFT_BLOCKS) -> io.NodeOutput:
         track = _only(previous, "previous")[1].get(TRACK)
         if track is None:
-            track = Track((Segment(0, _embedding(previous, "previous")),))
-        track = track.then(Segment(start, _embedding(conditioning, "conditioning"), transition, soft_blocks))
+            track = Track((Segment(0, embedding_of(previous, "previous")),))
+        track = track.then(Segment(start, embedding_of(conditioning, "conditioning"), transition, soft_blocks))
         return io.NodeOutput(_carrying(track, previous))

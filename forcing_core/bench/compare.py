@@ -64,13 +64,13 @@ def _package(name: str, folder: Path) -> None:
         sys.modules[name] = package
 
 
-def run_compare(cases: Sequence[Case], runs: int, progress: Callable[[str], None], compare: Compare) -> list[dict]:
-    """The rows of `compare([(frames, window), ...], runs, progress)`, with at least frames, window, ratio,
-    core_seconds and our_seconds. Its errors are told as ours."""
+def run_compare(cases: Sequence[Case], runs: int, progress: Callable[[str], None], compare: Compare, *how: str) -> list[dict]:
+    """The rows of `compare([(frames, window), ...], runs, progress, *how)`, with at least frames, window, ratio,
+    core_seconds and our_seconds. how: its clock and its model. Its errors are told as ours."""
     if runs < 1 or not cases:
         raise ForcingError(f"{runs} runs of {len(cases)} cases compare nothing. Use at least 1 of each.")
     try:
-        return list(compare([(case.frames, case.window) for case in cases], runs, progress))
+        return list(compare([(case.frames, case.window) for case in cases], runs, progress, *how))
     except ValueError as error:
         # loaded under the synthetic parent, the core exists twice, and so does its error class
         if type(error).__name__ == ForcingError.__name__:

@@ -9,23 +9,27 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
 import uuid
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from ..denoiser import NetworkDenoiser
 from ..errors import ForcingError
 from ..noise import BlockNoise
 from ..options import settings_of
 from ..presets import Preset
+from ..rollout.joining import Joining
 from ..standalone import blocks_of, conditions, latent_size, make_denoiser, preset_rollout, window_options
-from ..wan import WanConfig, WanModel
+from ..wan import Ops, WanConfig, WanModel
 from ..wan.random import random_network, random_prompt
+from .clock import check_device, clock, laps
+from .parts import Meter, Metered, Parts, Rates, merged, metering, read
 
 SPAN = 10  # blocks whose median stands for "early" and for "late"
 EARLY = 60  # latent frame up to which a block is early; every window in use is full by then
@@ -44,7 +48,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cases share. size: (width, height) in pixels. changes: further settings of the cache policy."""
+    """What all cases share. size: (width, height) in pixels. changes: further settings of the cache policy. clock: key of
+    `clock.HOST`, for the CPU. joined: clean passes share a forward with the noisy one behind them. compiled: the two pure
+    halves of a layer go through torch.compile. decoder: makes what turns x0 of one block after the other into pictures."""
 
     preset: Preset
     config: WanConfig
@@ -52,6 +58,10 @@ class Setup:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     changes: dict[str, Any] = field(default_factory=dict)
+    clock: str = "wall"
+    joined: bool = False
+    compiled: bool = False
+    decoder: Callable[[], Callable[[Tensor], Any]] | None = None
 
     def options(self, case: Case):
         changes = {**self.changes, "window": case.window}
@@ -63,7 +73,8 @@ class Setup:
 @dataclass(frozen=True)
 class Timing:
     """Medians over runs. seconds: of the whole rollout; block_seconds: one a block; first_frames: where each block
-    starts; store_bytes: allocated by all conditions; peak_bytes: most memory of the device, None on CPU."""
+    starts; store_bytes: allocated by all conditions; peak_bytes: most memory of the device, None on CPU. parts: of runs
+    of their own."""
 
     frames: int
     window: int | None
@@ -75,54 +86,12 @@ class Timing:
     first_frames: tuple[int, ...]
     store_bytes: int
     peak_bytes: int | None
-
-
-class _HostClock:
-    """Marks on the CPU. `read` gives the seconds between neighbouring marks."""
-
-    peak: int | None = None
-
-    def __init__(self):
-        self.marks: list[float] = []
-
-    def mark(self) -> None:
-        self.marks.append(time.perf_counter())
-
-    def read(self) -> list[float]:
-        return [b - a for a, b in pairwise(self.marks)]
-
-
-class _CudaClock:
-    """Marks in the stream of the device, so that reading the time does not hold the rollout up."""
-
-    def __init__(self, device: str):
-        self.device, self.marks = device, []
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        self.marks.append(event)
-
-    def read(self) -> list[float]:
-        torch.cuda.synchronize(self.device)
-        self.peak = torch.cuda.max_memory_allocated(self.device)
-        return [a.elapsed_time(b) / 1000 for a, b in pairwise(self.marks)]
-
-
-def check_device(device: str) -> None:
-    """Raises ForcingError for a device that this machine or this PyTorch does not have."""
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ForcingError(f"The device {device!r} is not known. Use cpu, cuda or cuda:1.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ForcingError("This PyTorch sees no CUDA device. Use --device cpu, or install a CUDA build of PyTorch.")
+    parts: Parts | None = None
 
 
 def measure(setup: Setup, cases: Sequence[Case], runs: int = 3, progress: Callable[[str], None] = lambda _: None,
-            net: WanModel | None = None) -> list[Timing]:
-    """Time every case `runs` times, alternating, after a short warm-up of each.
+            net: WanModel | None = None, parts: int = 0) -> list[Timing]:
+    """Time every case `runs` times, alternating, after a short warm-up of each; then `parts` times in parts.
 
     net: a network to use instead of a random one of setup.config. Raises ForcingError for bad sizes or lengths.
     """
@@ -141,7 +110,11 @@ def measure(setup: Setup, cases: Sequence[Case], runs: int = 3, progress: Callab
         for case in cases:
             progress(f"run {number + 1} of {runs}: {label(case)}")
             results[case].append(_once(setup, net, case, number))
-    return [_timing(setup, case, results[case]) for case in cases]
+    timings = [_timing(setup, case, results[case]) for case in cases]
+    for place, case in enumerate(cases if parts else ()):
+        progress(f"in parts: {label(case)}")
+        timings[place] = replace(timings[place], parts=merged([_in_parts(setup, net, case, n) for n in range(parts)]))
+    return timings
 
 
 def label(case: Case) -> str:
@@ -151,16 +124,41 @@ def label(case: Case) -> str:
 @torch.no_grad()
 def _once(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[list[float], int, int | None]:
     """(seconds of each block, bytes of the stores, peak bytes) of one rollout. Its latents are dropped."""
+    denoiser, noise = _begin(setup, net, case, seed)
+    watch = clock(setup.device, setup.clock)
+    stamps = [watch.stamp()]
+    for _ in preset_rollout(setup.preset, Joining(denoiser) if setup.joined else denoiser, case.frames, noise):
+        stamps.append(watch.stamp())
+    seconds = laps(watch, stamps)
+    return seconds, sum(condition.memory.store.nbytes for condition in denoiser.conditions), watch.peak
+
+
+def _begin(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[NetworkDenoiser, BlockNoise]:
     size = latent_size(*setup.size)
     prompts = [random_prompt(setup.config, i, setup.device, setup.dtype) for i in range(conditions(setup.preset))]
     denoiser = make_denoiser(net, setup.options(case), case.frames, size, prompts, setup.preset.cfg)
-    noise = BlockNoise(seed, (1, setup.config.in_channels), size, setup.device)
-    clock = _HostClock() if setup.device == "cpu" else _CudaClock(setup.device)
-    clock.mark()
-    for _ in preset_rollout(setup.preset, denoiser, case.frames, noise):
-        clock.mark()
-    seconds = clock.read()
-    return seconds, sum(condition.memory.store.nbytes for condition in denoiser.conditions), clock.peak
+    denoiser.ops = Ops(compile=_compiled) if setup.compiled else denoiser.ops
+    return denoiser, BlockNoise(seed, (1, setup.config.in_channels), size, setup.device)
+
+
+@lru_cache(maxsize=None)
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+@torch.no_grad()
+def _in_parts(setup: Setup, net: WanModel, case: Case, seed: int) -> Parts:
+    """One rollout under a meter, decoded block by block where there is a decoder."""
+    denoiser, noise = _begin(setup, net, case, seed)
+    meter = Meter(clock(setup.device, setup.clock))
+    metered = Metered(denoiser, meter)
+    decode = meter.timed("decode", setup.decoder()) if setup.decoder else lambda x0: None
+    with metering(net, meter):
+        start = meter.watch.stamp()
+        for _, x0 in preset_rollout(setup.preset, Joining(metered) if setup.joined else metered, case.frames, noise):
+            decode(x0)
+        end = meter.watch.stamp()
+    return read(meter, start, end)
 
 
 def _timing(setup: Setup, case: Case, runs: list[tuple[list[float], int, int | None]]) -> Timing:
@@ -210,11 +208,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def record(setup: Setup, timings: Sequence[Timing]) -> list[dict[str, Any]]:
-    """JSON rows of rollouts: the timing, early against late, and the shape of the network."""
+def record(setup: Setup, timings: Sequence[Timing], rates: Rates | None = None) -> list[dict[str, Any]]:
+    """JSON rows of rollouts: the timing, early against late, and the shape of the network. rates: adds the two floors."""
     shape = {"preset": setup.preset.name, "dim": setup.config.dim, "layers": setup.config.layers,
-             "width": setup.size[0], "height": setup.size[1], "dtype": str(setup.dtype).removeprefix("torch.")}
-    return [{**shape, **asdict(timing), "early_late": early_late(timing)} for timing in timings]
+             "width": setup.size[0], "height": setup.size[1], "dtype": str(setup.dtype).removeprefix("torch."),
+             "clock": setup.clock if setup.device == "cpu" else "events", "joined": setup.joined, "compiled": setup.compiled}
+    return [{**shape, **asdict(timing), "early_late": early_late(timing),
+             "floors": timing.parts.floors(rates) if timing.parts and rates else None} for timing in timings]
 
 
 def write_json(path: str | Path, result: dict[str, Any]) -> None:

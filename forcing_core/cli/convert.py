@@ -5,6 +5,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..errors import ForcingError
+from ..presets import get, guess
+
 HELP = ("Turn a published checkpoint (.pt or .safetensors, any container and prefix) into one plain safetensors file "
         "that ComfyUI's own loader opens, with a LoRA merged in if one is given.")
 
@@ -21,12 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="mark the file for ComfyUI's own autoregressive sampler (not needed by this pack)")
     parser.add_argument("--as-lora", action="store_true",
                         help="the source is a LoRA: write it under ComfyUI's names instead")
+    parser.add_argument("--vae", type=Path, help="autoencoder of a LIVE checkpoint (vae-kl16.ckpt), put into the same file")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.as_lora:
         return _convert_lora(args)
+    if _is_live(args):
+        return _convert_live(args)
     from ..checkpoints import convert  # here, so that --help works without PyTorch
 
     loaded = convert(args.source, args.target, preset=args.preset, key=args.key, lora=args.lora,
@@ -35,6 +41,24 @@ def run(args: argparse.Namespace) -> int:
     for sentence in loaded.report:
         print(sentence)
     print(f"Wrote {args.target} ({args.dtype}).")
+    return 0
+
+
+def _is_live(args: argparse.Namespace) -> bool:
+    """Whether the source is a checkpoint of LIVE, by the preset that was asked for or by its name."""
+    preset = get(args.preset) if args.preset else guess(str(args.source))
+    return preset is not None and preset.policy == "sliding"
+
+
+def _convert_live(args: argparse.Namespace) -> int:
+    from ..live import convert
+
+    if args.lora or args.causal_ar or args.key:
+        raise ForcingError("A LIVE checkpoint takes no --lora, --key and --causal-ar. Leave them out.")
+    loaded = convert(args.source, args.target, vae=args.vae, dtype=args.dtype, overwrite=args.overwrite)
+    for sentence in loaded.report:
+        print(sentence)
+    print(f"Wrote {args.target} ({args.dtype}, the autoencoder fp32).")
     return 0
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 from ..errors import ForcingError
 from ..media import INK, PAPER, font, pillow, save_png
 from ..micro.temporal import SECOND
-from .rollouts import latent_frames
-from .run import Options, Results, times
+from .rollouts import latent_frames, times
+from .run import Options, Results
 from .settings import BLOCK, SETTINGS
 
 if TYPE_CHECKING:

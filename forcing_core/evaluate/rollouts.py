@@ -1,5 +1,7 @@
 """One batch of videos from captions: sampled block by block, decoded and looked at as it goes.
 
+No more of a video than a block is ever held: its length costs what was measured in it, 3 KB a frame.
+
 Axes: B captions, T frames, K things; latents [B, 16, F, 8, 8], clips [B, T, 3, 64, 64].
 """
 from __future__ import annotations
@@ -9,7 +11,7 @@ import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +19,21 @@ from torch import Tensor
 from ..denoiser import NetworkDenoiser
 from ..micro import bundle, world
 from ..micro.observe import Observation, frames_of, observe
+from ..micro.temporal import Pixels
 from ..micro.vae import Z_DIM, DecodeStream, MicroVAE
 from ..noise import BlockNoise
 from ..plan import Block
+from ..policies import build, replayed_frames
 from ..rollout import Switch
 from ..standalone import blocks_of, conditions, latent_size, make_denoiser, preset_rollout
 from ..wan import WanModel
 from .settings import Setting
 
+if TYPE_CHECKING:
+    from numpy import ndarray
+
 LATENT = latent_size(*bundle.SIZE)
+CELLS = 8  # pictures of a setting on the contact sheet
 Tick = Callable[[int, int], None]  # (blocks done, blocks)
 
 
@@ -51,22 +59,28 @@ class Turn:
 
 @dataclass
 class Made:
-    """What a rollout left. sizes: latent frames of every block. clips: float16 in [-1, 1]; seen: what is on them.
-
-    With a prompt switch there are no clips, and `seen` begins with the first block after it. times: seconds of sampling
-    for each block, all clips together. store_bytes: most that the stores held, all clips together.
+    """What a rollout left. sizes: latent frames of every block. seen, pixels: measurements of the frames looked at, with a
+    prompt switch those from the first block after it on. tiles: pictures uint8 [H, W, 3] of the first clip, at the frames
+    `cells`. times: seconds of sampling for each block, all clips together. store_bytes: most that the stores held, all
+    clips together.
     """
 
+    cells: Sequence[int] = ()
     sizes: list[int] = field(default_factory=list)
-    clips: list[Tensor] = field(default_factory=list)
     seen: list[Observation] = field(default_factory=list)
+    pixels: Pixels = field(default_factory=Pixels)
+    tiles: list[ndarray] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     store_bytes: int = 0
 
-    @property
-    def clip(self) -> Tensor:
-        """[B, T, 3, H, W]."""
-        return torch.cat(self.clips, 1)
+    def look(self, part: Tensor, things: int = 1) -> None:
+        """At the next frames [B, t, 3, H, W] in [-1, 1]."""
+        first = self.pixels.frames
+        self.seen.append(observe(part, things))
+        self.pixels.push(part)
+        here = [frame - first for frame in self.cells if first <= frame < first + part.shape[1]]
+        shades = part[0, here].float().add(1).mul(127.5).round().byte()
+        self.tiles += list(shades.permute(0, 2, 3, 1).numpy())
 
     @property
     def observation(self) -> Observation:
@@ -77,6 +91,11 @@ class Made:
     def seconds_per_block(self) -> float:
         """The median; the first block, which also warms up, counts only where there is no other."""
         return median(self.times[1:] or self.times)
+
+
+def times(frames: int) -> list[int]:
+    """CELLS evenly spaced ones of so many frames, first and last included."""
+    return [round(cell * (frames - 1) / (CELLS - 1)) for cell in range(CELLS)]
 
 
 def latent_frames(seconds: float, block: int) -> int:
@@ -97,11 +116,11 @@ def _denoiser(setting: Setting, net: WanModel, captions: Sequence[str], frames: 
 
 
 def _switching(setting: Setting, blocks: Sequence[Block], turn: Turn | None) -> dict:
-    """Settings of the rollout that make the switch: with a recache of what the memory may see."""
+    """Settings of the rollout that make the switch, in the way of the setting's system."""
     if turn is None:
         return {}
-    switch = Switch(blocks[turn.block].first, 1, renew_sink=not setting.preset.global_sink)
-    return {"switches": (switch,), "window": getattr(setting.cache(), "window", None)}
+    renew = setting.preset.recache and not setting.preset.global_sink
+    return {"switches": (Switch(blocks[turn.block].first, 1, renew_sink=renew, transition=setting.transition),)}
 
 
 def _timed(items: Iterator, times: list[float]) -> Iterator:
@@ -122,16 +141,16 @@ def roll(models: Models, setting: Setting, captions: Sequence[str], frames: int,
     The noise depends on seed and number of captions alone, so that settings are compared on the same draws. Raises
     ForcingError where the setting cannot make that length or, with a turn, cannot switch.
     """
-    blocks, made, stream = blocks_of(setting.preset, frames), Made(), DecodeStream(models.vae)
+    blocks, stream = blocks_of(setting.preset, frames), DecodeStream(models.vae)
+    made = Made(times(4 * frames - 3) if turn is None else ())
     denoiser = _denoiser(setting, models.nets[setting.network], captions, frames, turn)
     noise = BlockNoise(seed, (len(captions), Z_DIM), LATENT)
-    steps = preset_rollout(setting.preset, denoiser, frames, noise, **_switching(setting, blocks, turn))
+    steps = preset_rollout(setting.preset, denoiser, frames, noise, **_switching(setting, blocks, turn),
+                           window=replayed_frames(build(setting.cache(), frames)))
     for block, latents in _timed(steps, made.times):
         part = frames_of(stream.push(latents).clamp_(-1, 1))
         if turn is None or block.index >= turn.block:
-            made.seen.append(observe(part, things))
-        if turn is None:
-            made.clips.append(part.half())
+            made.look(part, things)
         made.sizes.append(block.frames)
         held = sum(condition.memory.store.nbytes for condition in denoiser.conditions)
         made.store_bytes = max(made.store_bytes, held)

@@ -8,14 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
-from torch import Tensor
-
 from ..errors import ForcingError
 from ..micro import bundle, metrics, temporal, world
 from ..micro.captions import parse
-from ..micro.observe import Observation, frames_of, observe
+from ..micro.observe import frames_of
 from ..noise import mix
-from .rollouts import Made, Models, Turn, latent_frames, roll
+from .rollouts import Made, Models, Turn, latent_frames, roll, times
 from .settings import BLOCK, Setting
 
 if TYPE_CHECKING:
@@ -26,8 +24,9 @@ LONGEST = 3600.0
 CAPTIONS = ((10.0, 24), (60.0, 8), (math.inf, 4))  # (up to so many seconds, captions): fewer where videos are long
 QUICK_CAPTIONS = 6
 SWITCH_SECONDS = (5.0, 10.0)  # shortest and longest video in which a prompt switch is measured
-CELLS = 8  # pictures of a setting on the contact sheet
 RENDERED = "rendered"
+NO_SWITCH = {"switch_delay_frames": None, "switched": None, "switch_seconds": None, "transition": None,
+             "switch_note": f"a video of less than {SWITCH_SECONDS[0]:g} s has no time for one"}
 _SWITCH = 0x5C  # stream of random numbers
 
 
@@ -58,11 +57,6 @@ class Options:
         """Clips whose captions no network was trained on; the longer lengths have the first of them."""
         return world.specs(world.draw(self.seed, self.clips(seconds), split="test"))
 
-    @property
-    def switch_seconds(self) -> float | None:
-        """The length at which prompt switches are measured: the shortest that leaves time for one."""
-        return min((value for value in self.seconds if value >= SWITCH_SECONDS[0]), default=None)
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -81,13 +75,15 @@ class Progress:
 class Results:
     """rows: one a setting and length; reference: rendered clips, measured alike; skipped: what could not be run, and why.
 
-    tiles: pictures of the first caption, {(name, seconds): uint8 arrays [64, 64, 3]}.
+    tiles: pictures of the first caption, {(name, seconds): uint8 arrays [64, 64, 3]}. switches: figures of the prompt switch,
+    which a setting makes once, by its name.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     reference: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     tiles: dict[tuple[str, float], list[ndarray]] = field(default_factory=dict)
+    switches: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: bool = False
 
 
@@ -132,51 +128,44 @@ def _setting(options: Options, setting: Setting, seconds: float, models: Models,
     captions = [world.caption(spec) for spec in specs]
     frames = latent_frames(seconds, setting.preset.block)
     made = roll(models, setting, captions, frames, options.seed, lambda *at: tick("video", *at))
-    switch = _no_switch("measured at another length")
-    if seconds == options.switch_seconds:
-        switch = _switch(options, setting, specs, seconds, models, lambda *at: tick("prompt switch", *at))
-    clip = made.clip
-    results.tiles[setting.name, seconds] = tiles(clip)
+    if seconds >= SWITCH_SECONDS[0] and setting.name not in results.switches:
+        results.switches[setting.name] = _switch(options, setting, specs, seconds, models,
+                                                 lambda *at: tick("prompt switch", *at))
+    results.tiles[setting.name, seconds] = made.tiles
     results.rows.append({
         "settings": setting.name, "title": setting.title, "network": setting.network, "seconds": seconds,
-        "captions": len(specs), "first_caption": captions[0], **measure(made.observation, captions, clip, made.sizes),
-        **switch,
+        "captions": len(specs), "first_caption": captions[0], **measure(made, captions),
+        **results.switches.get(setting.name, NO_SWITCH),
         "store_bytes": made.store_bytes // len(specs), "seconds_per_block": made.seconds_per_block,
         "seconds_in_all": round(time.perf_counter() - begin, 1)})
 
 
-def measure(seen: Observation, captions: Sequence[str], clip: Tensor, sizes: Sequence[int]) -> dict[str, Any]:
-    """The figures of `metrics.report`, the standard error of `drift`, and `drift_curve`: its mean for each whole second.
-
-    seen: [B, T, K] as observed; clip [B, T, 3, H, W]; sizes: latent frames of every block.
-    """
+def measure(made: Made, captions: Sequence[str]) -> dict[str, Any]:
+    """The figures of `metrics.report`, the standard error of `drift`, and `drift_curve`: its mean for each whole second."""
     parsed = [parse(caption) for caption in captions]
-    seen = metrics.align(seen, parsed)
+    seen = metrics.align(made.observation, parsed)
     curves, each = temporal.drift_curves(seen), temporal.drift(seen)["drift"]
-    curve = (curves["colour"] + curves["background"])[:, :max(1, clip.shape[1] // temporal.SECOND)]
+    curve = (curves["colour"] + curves["background"])[:, :max(1, made.pixels.frames // temporal.SECOND)]
     error = each.std().item() / len(captions) ** 0.5 if len(captions) > 1 else math.nan
-    return {**metrics.figures(seen, parsed, clip, sizes), "drift_error": error, "drift_curve": curve.nanmean(0).tolist()}
+    return {**metrics.figures(seen, parsed, made.pixels, made.sizes), "drift_error": error,
+            "drift_curve": curve.nanmean(0).tolist()}
 
 
 def _switch(options: Options, setting: Setting, specs: Sequence[world.ClipSpec], seconds: float, models: Models,
             tick: Callable[[int, int], None]) -> dict[str, Any]:
-    """Frames from the first one made for another caption until the clip shows it: the median over all clips, None where
-    half of them or more never do, or where the setting cannot switch; and the share of clips that got there. The switch
-    is in the middle of a video of its own."""
+    """Frames from the first one made for another caption until the clip shows it: the median over the clips that got there,
+    None where none did or where the setting cannot switch; and the share of them. The switch is in the middle of a video
+    of its own, of at most the longer one of SWITCH_SECONDS, by the transition of the setting."""
     frames = latent_frames(min(seconds, SWITCH_SECONDS[1]), setting.preset.block)
     turn = Turn(frames // setting.preset.block // 2, other_captions(specs, options.seed))
     try:
         made = roll(models, setting, [world.caption(spec) for spec in specs], frames, options.seed, tick, turn)
     except ForcingError as error:
-        return _no_switch(str(error))
+        return {**NO_SWITCH, "switch_note": str(error)}
     delays = metrics.switch_delay_frames(made.observation, turn.captions, 0)
-    middle = median(math.inf if delay is None else delay for delay in delays)
-    return {"switch_delay_frames": None if math.isinf(middle) else middle,
-            "switched": sum(delay is not None for delay in delays) / len(delays), "switch_note": ""}
-
-
-def _no_switch(why: str) -> dict[str, Any]:
-    return {"switch_delay_frames": None, "switched": None, "switch_note": why}
+    obeyed = [delay for delay in delays if delay is not None]
+    return {"switch_delay_frames": median(obeyed) if obeyed else None, "switched": len(obeyed) / len(delays),
+            "switch_seconds": (4 * frames - 3) / world.FPS, "transition": setting.transition, "switch_note": ""}
 
 
 def other_captions(specs: Sequence[world.ClipSpec], seed: int) -> list[str]:
@@ -194,27 +183,13 @@ def other_captions(specs: Sequence[world.ClipSpec], seed: int) -> list[str]:
 def _rendered(options: Options, seconds: float, results: Results) -> None:
     """The clips that the captions were taken from, as the yardstick sees them."""
     specs, blocks = options.specs(seconds), latent_frames(seconds, BLOCK) // BLOCK
-    captions, made = [world.caption(spec) for spec in specs], Made([BLOCK] * blocks)
+    captions, made = [world.caption(spec) for spec in specs], Made(times(4 * BLOCK * blocks - 3), [BLOCK] * blocks)
     ends = [0, *(4 * BLOCK * (block + 1) - 3 for block in range(blocks))]
     for start, end in zip(ends, ends[1:]):
-        part = frames_of(world.render(specs, end - start, start=start))
-        made.seen.append(observe(part))
-        made.clips.append(part.half())
-    clip = made.clip
-    results.tiles[RENDERED, seconds] = tiles(clip)
+        made.look(frames_of(world.render(specs, end - start, start=start)))
+    results.tiles[RENDERED, seconds] = made.tiles
     results.reference.append({"settings": RENDERED, "title": "what the captions say", "seconds": seconds,
-                              "captions": len(specs), **measure(made.observation, captions, clip, made.sizes)})
-
-
-def tiles(clip: Tensor) -> list[ndarray]:
-    """CELLS evenly spaced pictures of the first of the clips [B, T, 3, H, W], uint8 [H, W, 3], first and last included."""
-    chosen = clip[0, times(clip.shape[1])].float()
-    return list(chosen.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy())
-
-
-def times(frames: int) -> list[int]:
-    """The frames that `tiles` takes."""
-    return [round(cell * (frames - 1) / (CELLS - 1)) for cell in range(CELLS)]
+                              "captions": len(specs), **measure(made, captions)})
 
 
 def report(options: Options, models: Models, results: Results, machine: dict[str, Any],

@@ -15,6 +15,7 @@ from ..options import cache_of
 from ..policies import KINDS
 from ..presets import FEW_STEP, PRESETS, Preset, get
 from ..rollout import ROLLOUTS
+from ..rollout.transitions import LIMITED
 from ..solvers import SOLVERS
 
 BLOCK = 3  # latent frames that the micro networks make at once
@@ -41,6 +42,12 @@ class Setting:
         return cache_of(self.preset, **dict(self.changes))
 
     @property
+    def transition(self) -> str:
+        """How a prompt takes over: by a recache, where the rollout can make one."""
+        allowed, _ = LIMITED.get(self.cache().rollout, (("recache",), ""))
+        return "recache" if "recache" in allowed else allowed[0]
+
+    @property
     def steps(self) -> int:
         """Denoising steps of a block."""
         return self.preset.step_count if self.preset.solver == "unipc" else len(self.preset.steps)
@@ -55,14 +62,19 @@ def _window(name: str, title: str, network: str = "student", preset: Preset = _F
     return Setting(name, title, network, preset, tuple({"window": 21, **changes}.items()), slow)
 
 
+def _as(preset: Preset) -> Setting:
+    """The student in the steps it was trained on, with the memory of a published system."""
+    few = replace(preset, steps=FEW_STEP, first_steps=None, warp=True, shift=_FEW.shift)
+    return Setting(preset.name, f"run as {preset.title}", "student", few)
+
+
 def _published() -> Iterator[Setting]:
     """One row for each further cache policy, after the last published system that has it and makes blocks of 3."""
     known = (preset for preset in PRESETS.values() if preset.policy in KINDS and preset.solver in SOLVERS)
     chosen = {preset.policy: preset for preset in known if preset.block == BLOCK and preset.policy != "window"}
     for policy, preset in chosen.items():
         if KINDS[policy][0].rollout in ROLLOUTS:
-            few = replace(preset, steps=FEW_STEP, first_steps=None, warp=True, shift=_FEW.shift)
-            yield Setting(preset.name, f"run as {preset.title}", "student", few)
+            yield _as(preset)
 
 
 _ROWS = (
@@ -76,6 +88,9 @@ _ROWS = (
     _window("self-forcing-relative", "Self Forcing, relative positions", positions="relative"),
     _window("long", "Self-Forcing++, window 21", "long"),
     *_published(),
+    _as(get("lol")),
+    _window("self-forcing-int8", "Self Forcing, window 21 in int8", store="int8"),
+    _window("self-forcing-fp8", "Self Forcing, window 21 in fp8", store="fp8"),
 )
 
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _ROWS}

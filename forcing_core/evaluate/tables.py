@@ -33,13 +33,15 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "repeats": _number("repeats", 2),
     "frozen": _number("frozen", 2),
     "switch": _number("switch_delay_frames", 0),
+    "obeyed": _number("switched", 2),
     "store MB": _number("store_bytes", 2, 1e-6),
     "ms/block": _number("seconds_per_block", 0, 1000),
 }
 KEY = ("caption: share of clips right in every frame (number, colour, shape); frames: share of right frames; drift: change "
        "of colours from the first second to the last, and its standard error; lost: share of frames without a thing; seams: "
        "roughness of motion at block borders, 1 is none; repeats, frozen: shares of frames; switch: frames until a new "
-       "caption shows, - where it does not within half the clips; store: of one clip; ms/block: sampling of all clips.")
+       "caption shows, the median of the clips in which it does, - where there are none; obeyed: their share; store: of one "
+       "clip; ms/block: sampling of all clips.")
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:

@@ -139,8 +139,10 @@ def report(video: Tensor, captions: Sequence[Wanted], blocks: Sequence[int]) -> 
     return figures(*look(video, captions), frames_of(video), blocks)
 
 
-def figures(seen: Observation, captions: Sequence[Wanted], clip: Tensor, blocks: Sequence[int]) -> dict[str, float]:
-    """`report` of a clip [B, T, 3, H, W] in [-1, 1] that has been looked at: `seen` is what `look` returns."""
+def figures(seen: Observation, captions: Sequence[Wanted], clip: Tensor | temporal.Pixels,
+            blocks: Sequence[int]) -> dict[str, float]:
+    """`report` of a clip [B, T, 3, H, W] in [-1, 1], or of its `temporal.Pixels`, that has been looked at: `seen` is what
+    `look` returns."""
     motion, drift = temporal.motion(seen), temporal.drift(seen)
     loops = temporal.repeats(clip)
     return {**caption_scores(seen, captions), **{name: v.nanmean().item() for name, v in drift.items()},

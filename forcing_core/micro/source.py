@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..denoiser import NetworkDenoiser
 from ..presets import Preset
+from ..saved import Saved, Tree
 from ..standalone import conditions, latent_size, make_denoiser
 from . import bundle
 from .vae import Z_DIM, DecodeStream, MicroVAE
@@ -61,6 +62,8 @@ class MicroSource:
 class Pictures:
     """Decodes block by block. Every pixel becomes a square, so that edges stay sharp in any player."""
 
+    enlarged = ENLARGED
+
     def __init__(self, vae: MicroVAE):
         self._stream = DecodeStream(vae)
 
@@ -69,3 +72,10 @@ class Pictures:
         video = self._stream.push(latents)[0].clamp(-1, 1).add(1).mul(127.5).round().byte()
         for picture in video.permute(1, 2, 3, 0):
             yield picture.repeat_interleave(ENLARGED, 0).repeat_interleave(ENLARGED, 1).numpy()
+
+    def state(self) -> Tree:
+        return self._stream.state()
+
+    def load(self, saved: Saved, latents: Tensor) -> None:
+        """latents: an example of the next ones."""
+        self._stream.load(saved, latents)

@@ -105,11 +105,47 @@ def _fits(blocks: Sequence[int], frames: int) -> None:
                            "Pass the block structure the clip was made with.")
 
 
-def seam_change(clip: Tensor, blocks: Sequence[int]) -> float:
+class Pixels:
+    """All that the measures of pixels need of a clip that is seen piece by piece: 3 KB a frame, whatever its size."""
+
+    def __init__(self):
+        self._steps: list[Tensor] = []
+        self._small: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def push(self, part: Tensor) -> Pixels:
+        """The next frames [B, t, 3, H, W], in [-1, 1]."""
+        joined = (part if self._last is None else torch.cat([self._last, part], 1)).float()
+        self._steps.append((joined[:, 1:] - joined[:, :-1]).abs().mean((-3, -2, -1)))
+        self._small.append(torch.stack([_small(frames.float()) for frames in part]))
+        self._last = part[:, -1:].clone()
+        return self
+
+    @property
+    def frames(self) -> int:
+        """How many were seen."""
+        return sum(part.shape[1] for part in self._small)
+
+    @property
+    def steps(self) -> Tensor:
+        """[B, T - 1]: mean difference of each frame from the one before."""
+        return torch.cat(self._steps, 1)
+
+    @property
+    def small(self) -> Tensor:
+        """[B, T, 768]: what `repeats` compares."""
+        return torch.cat(self._small, 1)
+
+
+def _seen(clip: Tensor | Pixels) -> Pixels:
+    return clip if isinstance(clip, Pixels) else Pixels().push(clip)
+
+
+def seam_change(clip: Tensor | Pixels, blocks: Sequence[int]) -> float:
     """Mean difference of neighbouring frames at seams over that inside blocks (jumps of brightness or place);
-    1 is seamless. clip [B, T, 3, H, W]."""
-    _fits(blocks, clip.shape[1])
-    step = (clip[:, 1:] - clip[:, :-1]).abs().mean((-3, -2, -1))
+    1 is seamless. clip [B, T, 3, H, W], or what was seen of it."""
+    step = _seen(clip).steps
+    _fits(blocks, step.shape[1] + 1)
     at = torch.zeros(step.shape[1], dtype=torch.bool, device=step.device)
     at[[f - 1 for f in seam_frames(blocks)]] = True
     return ((step[:, at].mean() + 1e-4) / (step[:, ~at].mean() + 1e-4)).item()
@@ -136,16 +172,16 @@ def _nearest_past(small: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([infinite, span.min(1).values]), torch.cat([infinite[:1], step])
 
 
-def repeats(clip: Tensor) -> dict[str, Tensor]:
-    """clip [B, T, 3, H, W] -> [B] each. `repeats`: share of the frames (from the second second on) whose last half
-    second has been shown before, each of its 8 frames within half a frame's motion; `frozen`: share of frames
-    equal to the one before. Backgrounds are left out, so that their drift hides no loop.
+def repeats(clip: Tensor | Pixels) -> dict[str, Tensor]:
+    """clip [B, T, 3, H, W], or what was seen of it -> [B] each. `repeats`: share of the frames (from the second second on)
+    whose last half second has been shown before, each of its 8 frames within half a frame's motion; `frozen`: share of
+    frames equal to the one before. Backgrounds are left out, so that their drift hides no loop.
 
     A thing that bounces straight to and fro does repeat: compare with the value of rendered clips.
     """
     looped, frozen = [], []
-    for frames in clip:
-        past, step = _nearest_past(_small(frames.float()))
+    for small in _seen(clip).small:
+        past, step = _nearest_past(small)
         usual = step[1:].median()
         seen = past[_LAG + _SPAN - 1:] < torch.clamp_min(0.5 * usual, _SAME)
         looped.append(seen.float().mean())

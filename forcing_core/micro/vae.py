@@ -8,7 +8,7 @@ latents have to be told apart:
   the VAE and the diffusion model. `encode`, `decode` and `DecodeStream` speak these.
 
 WAN_MEAN and WAN_STD belong to the official weights. `rescale` folds any other scale of ours into the 1x1x1
-convolutions conv1 and conv2, so that normalised latents have mean 0 and variance 1 in every channel.
+convolutions conv1 and conv2, so that normalised latents have mean 0, and variance 1 on average over the channels.
 
 Axes: B batch, T video frames, F latent frames, H and W pixels; T = 1 + 4 (F - 1).
 """
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import ForcingError
+from ..saved import Saved, Tree
 from .vae_layers import CausalConv3d, Downsample, FrameAttention, ResidualBlock, RMSNorm, State, Upsample, in_order
 
 Z_DIM, MULTIPLES, RES_BLOCKS = 16, (1, 2, 4, 4), 2
@@ -171,6 +172,27 @@ class DecodeStream:
         The first block gives 4 F - 3 frames, every later one 4 F. B, h and w stay those of the first block.
         """
         return self._vae.decoder(self._vae._inner(latents), self._state)
+
+    def state(self) -> Tree:
+        """What a fresh stream over the same VAE needs to go on with the next block."""
+        layers = {module: name for name, module in self._vae.decoder.named_modules()}
+        return {"begun": [layers[m] for m, t in self._state.items() if not t.numel()],
+                "caches": {layers[m]: t for m, t in self._state.items() if t.numel()}}
+
+    def load(self, saved: Saved, latents: Tensor) -> None:
+        """Go on where the saved one stood. latents: an example of the next ones. Raises ForcingError for what does not
+        fit."""
+        layers, caches, scale = dict(self._vae.decoder.named_modules()), saved.part("caches"), 1
+        begun = saved.anything("begun")
+        if not isinstance(begun, list) or not all(isinstance(n, str) and isinstance(layers.get(n), Upsample) for n in begun):
+            saved.fail("begun", "names no layers")
+        self._state = {layers[name]: latents.new_empty(0) for name in begun}
+        for name, layer in layers.items():
+            scale *= 2 if isinstance(layer, Upsample) else 1  # it comes before its own convolution in time
+            if isinstance(layer, CausalConv3d) and layer.past and name in caches:
+                sides = (side * scale // (2 if name.endswith("time_conv") else 1) for side in latents.shape[3:])
+                shape = (latents.shape[0], layer.in_channels, layer.past, *sides)
+                self._state[layer] = caches.tensor(name, shape, torch.float32).to(latents.device)
 
 
 def _wan(like: Tensor, axes: int) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,22 @@ turned into an ordinary one when it is closed (by FFmpeg 7.1 or later; before th
 from __future__ import annotations
 
 import json
+import os
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
 from ..errors import ForcingError
 from ..media import disk_advice, frame_rate, pyav
+from .note import KEY, Note
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 HYBRID = (61, 7)  # libavformat of FFmpeg 7.1, which makes an ordinary file of the fragments in the end
 LAYOUTS = {1: "mono", 2: "stereo"}
+SETTLED = 2  # seconds of video behind which a frame that left the encoder is on its way to the disk: two fragments
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ FORMATS = {
                             "lag-in-frames": "16"},
                    container_options={"cluster_time_limit": "1000"}),
     "mkv lossless": Format("mkv", "ffv1", "bgr0", "flac", halved=False,
-                           options={"level": "3", "g": "1"}, container_options={"cluster_time_limit": "1000"}),
+                           options={"level": "3", "g": "1"},
+                           container_options={"cluster_time_limit": "1000", "write_crc32": "0"}),
 }
 
 
@@ -64,12 +69,13 @@ class VideoSink:
     path: without suffix, which the format gives (`path` has it then). fps: frames a second. kind: key of FORMATS.
     metadata: what ComfyUI writes (prompt, workflow); what is no text is stored as JSON. audio: is cut to the length
     of the video. frames: how many were written. Use it as a context manager, or call `close`: until then the newest
-    second is not on disk. Raises ForcingError for bad settings, and in `write` and `close` for sizes that cannot be
+    second is not on disk. note: kept among the metadata; `rewrite` changes it. keep: hold frames until they are settled on
+    the disk, for `tail`. Raises ForcingError for bad settings, and in `write` and `close` for sizes that cannot be
     stored, a full disk and the like; what is on disk then plays.
     """
 
     def __init__(self, path: str | Path, fps: float = 16, kind: str = "mp4", *, metadata: Mapping[str, Any] | None = None,
-                 audio: Audio | None = None):
+                 audio: Audio | None = None, note: Mapping[str, Any] | None = None, keep: bool = False):
         if kind not in FORMATS:
             raise ForcingError(f"Video format {kind!r} is not known. Use one of {', '.join(FORMATS)}.")
         if audio is not None and len(audio.samples) not in LAYOUTS:
@@ -78,6 +84,8 @@ class VideoSink:
         self.path = Path(f"{path}.{self.format.suffix}")
         self.frames, self._shape, self._heard = 0, None, 0
         self._container = self._video = self._sound = None
+        self._note = None if note is None else Note(dict(note))
+        self._encoded, self._tail = 0, deque() if keep else None
 
     @property
     def seconds(self) -> float:
@@ -94,6 +102,28 @@ class VideoSink:
         for frame in frames:
             self._check(frame.shape)
             self._guarded(self._write, frame)
+
+    def rewrite(self, note: Mapping[str, Any]) -> bool:
+        """Change the note. Whether it is in the file now: not before that has its first fragment, nor if it is too long."""
+        if self._note is None:
+            return False
+        if self.frames:
+            return self._note.write(self.path, dict(note), finished=self._container is None)
+        if self._note.fits(dict(note)):
+            self._note.value = dict(note)
+        return False
+
+    def hear_from(self, frame: int) -> None:
+        """Before the first frame: this file begins with frame `frame` of the video, and the sound with its place there."""
+        if self.audio is not None:
+            self.audio = Audio(self.audio.samples[:, int(frame / self.rate * self.audio.rate):], self.audio.rate)
+
+    def tail(self) -> list[ndarray]:
+        """The newest frames, all that may not be on the disk yet; those before them are when this returns."""
+        if self.frames:
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())  # of what the system still holds, whoever wrote it
+        return list(self._tail or ())
 
     def close(self, quiet: bool = False) -> None:
         """Write what is still in the encoder and finish the file. quiet: raise nothing, another error is on its way."""
@@ -132,9 +162,18 @@ class VideoSink:
             self._open(frame.shape)
         picture = pyav().VideoFrame.from_ndarray(frame, format="rgb24")
         picture.pts, picture.time_base = self.frames, 1 / self.rate
-        self._container.mux(self._video.encode(picture))
-        self.frames += 1
+        packets = self._video.encode(picture)
+        self._container.mux(packets)
+        self.frames, self._encoded = self.frames + 1, self._encoded + len(packets)
+        self._settle(frame)
         self._hear()
+
+    def _settle(self, frame: ndarray) -> None:
+        if self._tail is not None:
+            self._tail.append(frame)
+            settled = self._encoded - round(SETTLED * self.rate)
+            while self._tail and self.frames - len(self._tail) < settled:
+                self._tail.popleft()
 
     def _open(self, shape: tuple[int, ...]) -> None:
         if self._shape is not None:
@@ -147,6 +186,8 @@ class VideoSink:
         self._container = av.open(str(self.path), "w", options=options)
         for key, value in self.metadata.items():
             self._container.metadata[key] = value if isinstance(value, str) else json.dumps(value)
+        if self._note is not None:
+            self._container.metadata[KEY] = self._note.text
         self._video = self._container.add_stream(form.codec, rate=self.rate, options=dict(form.options))
         self._video.height, self._video.width, self._video.pix_fmt = *shape[:2], form.pixels
         self._video.gop_size = max(1, round(self.rate))  # a fragment starts with a key frame
@@ -174,6 +215,8 @@ class VideoSink:
             self._container.mux(self._sound.encode(None))
         self._container.close()
         self._container = None
+        if self._note is not None:  # the index of an MP4 has the first one again
+            self._note.write(self.path, self._note.value, finished=True)
 
 
 def _codec_rate(codec: str, rate: int) -> int:

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ForcingError
+from ..saved import Saved, Tree
 
 PIECE = 4  # most latent frames of one call: the layers before the first upsampling hold all of them
 PAIR = 2  # video frames of one call of the 2.1 encoder
 PATCH = 2  # Wan 2.2 works on patches of 2x2 pixels
 TIME_DOWNSAMPLE = [False, True, True]
+WORDS = (None, "Rep")  # what ComfyUI's layers keep where there is no frame yet
+SCALES, PAST = (1, 2, 4, 8), 2  # sides of what a layer keeps, in latent cells, and its most frames
 
 
 class _Half:
@@ -41,6 +44,27 @@ class _Half:
             if isinstance(slot, Tensor):
                 self.slots[index] = _owned(_completed(before.get(index), slot)).to(self.rest or slot.device)
         return torch.cat(out, dim=2) if isinstance(out, list) else out
+
+    def state(self) -> Tree:
+        """As `saved` explains. The places without a tensor hold None, or a word of the network's own."""
+        tensors = {str(i): slot for i, slot in enumerate(self.slots) if isinstance(slot, Tensor)}
+        return {"words": [None if isinstance(slot, Tensor) else slot for slot in self.slots], **tensors}
+
+    def load(self, saved: Saved, latents: Tensor) -> None:
+        """latents: an example [B, C, F, h, w] of the next ones."""
+        words = saved.texts("words", len(self.slots))
+        slots: list = [word if word in WORDS else saved.fail("words", "holds an unknown one") for word in words]
+        for index in range(len(slots)):
+            if str(index) in saved:
+                slots[index] = self._slot(saved, str(index), latents)
+        self.slots = slots
+
+    def _slot(self, saved: Saved, name: str, latents: Tensor) -> Tensor:
+        slot = saved.tensor(name, (latents.shape[0], None, None, None, None), latents.dtype)
+        scale = slot.shape[3] // latents.shape[3]
+        if scale not in SCALES or slot.shape[3:] != tuple(scale * side for side in latents.shape[3:]) or slot.shape[2] > PAST:
+            saved.fail(name, "is of another size")
+        return slot.to(self.rest or latents.device)
 
     @property
     def nbytes(self) -> int:
@@ -68,10 +92,10 @@ def _owned(part: Tensor) -> Tensor:
     return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
 
 
-def _checked(vae: nn.Module) -> bool:
-    """Whether this is the VAE of Wan 2.2; ForcingError unless it is that or 2.1's."""
+def _checked(vae: nn.Module, what: str = "decode") -> bool:
+    """Whether this is the VAE of Wan 2.2; ForcingError unless it is that or 2.1's. what: it is to do."""
     if not all(hasattr(vae, name) for name in ("encoder", "decoder", "conv1", "conv2", "temperal_downsample")):
-        raise ForcingError(f"A {type(vae).__name__} cannot decode block by block: it is no Wan VAE. Load the Wan 2.1 VAE "
+        raise ForcingError(f"A {type(vae).__name__} cannot {what} block by block: it is no Wan VAE. Load the Wan 2.1 VAE "
                            "(wan_2.1_vae.safetensors).")
     newer = "first_chunk" in inspect.signature(vae.decoder.forward).parameters
     if not newer and list(vae.temperal_downsample) != TIME_DOWNSAMPLE:
@@ -91,17 +115,37 @@ class DecodeStream:
     def __init__(self, vae: nn.Module, rest: torch.device | None = None):
         self.newer = _checked(vae)
         self.vae, self._half, self._started = vae, _Half(vae.decoder, rest), False
+        self._loaded = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of the caches that stay on the device between blocks."""
         return self._half.nbytes
 
+    def state(self) -> Tree:
+        """What a fresh stream over the same network needs to go on with the next block."""
+        return {"started": int(self._started), "caches": self._half.state()}
+
+    def load(self, saved: Saved, latents: Tensor) -> None:
+        """Go on where the saved one stood. latents: an example of the next ones, as `push` takes them. Raises ForcingError
+        for what does not fit."""
+        self._half.load(saved.part("caches"), latents)
+        self._started, self._loaded = bool(saved.integer("started", 0, 2)), True
+
     @torch.no_grad()
     def push(self, latents: Tensor) -> Tensor:
         """Video [B, 3, T, H, W], about [-1, 1] and not clamped, of the next latents [B, C, F, h, w] in the dtype and on
         the device of the network. The first block gives 4 F - 3 frames, every later one 4 F."""
-        return torch.cat([self._decoded(piece) for piece in self._pieces(latents)], dim=2)
+        try:
+            video = torch.cat([self._decoded(piece) for piece in self._pieces(latents)], dim=2)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self._loaded:  # sizes that only the network knows
+                raise ForcingError("The snapshot's decoder does not fit this VAE. Load the VAE of the first run.") from error
+            raise
+        self._loaded = False
+        return video
 
     def _pieces(self, latents: Tensor) -> Iterator[Tensor]:
         if not self._started:
@@ -123,7 +167,7 @@ class EncodeStream:
     """
 
     def __init__(self, vae: nn.Module):
-        self.newer = _checked(vae)
+        self.newer = _checked(vae, "encode")
         self.vae, self._half, self._started = vae, _Half(vae.encoder), False
 
     @torch.no_grad()

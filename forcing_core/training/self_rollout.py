@@ -22,7 +22,7 @@ from ..errors import ForcingError
 from ..memory import Pass, make_memory
 from ..noise import Noise
 from ..plan import Block, Call, Phase
-from ..policies import WindowOptions
+from ..policies import KINDS, Policy, WindowOptions
 from ..rollout import block_rollout
 from ..rope import rotate
 from ..schedule import Level, renoise
@@ -30,6 +30,7 @@ from ..solvers import consistency
 from ..wan import TextState, forward
 from .flow import own_text
 
+BLOCK = "block"  # key of `rollout.ROLLOUTS`
 GRADIENT_FRAMES = 21  # the published start_gradient_frame_index is the length of the video less this
 
 
@@ -61,10 +62,15 @@ class LivePass(Pass):
 class LiveDenoiser(NetworkDenoiser):
     """As its base, but noisy passes over blocks from frame `grad_from` on keep their graph, where gradients are on.
 
-    A live pass computes the prompt's keys and values anew: those that a pass without gradients cached carry none.
+    A live pass computes the prompt's keys and values anew: those that a pass without gradients cached carry none. Raises
+    ForcingError for a policy that a live pass would not follow (`can_train`).
     """
 
     grad_from: int = 0
+
+    def __post_init__(self):
+        for condition in self.conditions:
+            can_train(condition.memory.policy)
 
     def _velocity(self, condition: Condition, x: Tensor, levels: Sequence[Level], first: int, phase: Phase):
         if phase != "noisy" or first < self.grad_from or not torch.is_grad_enabled():
@@ -75,6 +81,17 @@ class LiveDenoiser(NetworkDenoiser):
         call = Call(first, x.shape[2], phase, memory.store.frames)
         live = LivePass(memory.policy.plan(call), call, memory.store, memory.rope)
         return forward(self.net, x.to(self.dtype), timesteps, TextState(condition.text.context), live, self.ops)
+
+
+def can_train(policy: Policy, rollout: str = BLOCK) -> None:
+    """Raise ForcingError for a policy that trains as something else than it runs as: one with a pass of its own, whose
+    attention and storing a `LivePass` does not know, or made for another rollout than that of blocks."""
+    if hasattr(policy, "make_pass") or rollout != BLOCK:
+        able = [name for name, (options, make) in KINDS.items()
+                if options.rollout == BLOCK and not hasattr(make, "make_pass")]
+        raise ForcingError(f"{type(policy).__name__} cannot be trained by self-rollout: it has passes or a rollout of its own, "
+                           f"which carry no gradients. Train with the cache policy {' or '.join(able)}, and use this one for "
+                           "inference.")
 
 
 def exit_only(x: Tensor, levels: Sequence[Level], predict: Callable[[Tensor, Level], Tensor],
@@ -119,11 +136,13 @@ def self_rollout(net: Any, blocks: Sequence[Block], levels: Sequence[Level], noi
     levels: of the step list; exit_step: index of the step at which every block stops (`random_exit`).
     grad_from_frame: blocks that start before it leave no graph (`first_gradient_frame`). cache: window, sink and
     positions, as for inference. settings: of `block_rollout`, such as context. The compute dtype is the prompt's.
+    Raises ForcingError for a cache policy that cannot be trained with (`can_train`).
     """
     start = noise.initial(blocks[0])
     grid = start.shape[3] // net.patch_size[1], start.shape[4] // net.patch_size[2]
     prompt = own_text(condition, start).context
     memory = make_memory(cache, blocks[-1].end, layers=len(net.blocks), grid=grid,
-                         head_dim=net.config.dim // net.num_heads, device=prompt.device)
+                         head_dim=net.config.dim // net.num_heads, device=prompt.device, heads=net.num_heads)
+    can_train(memory.policy, cache.rollout)
     denoiser = LiveDenoiser(net, [Condition([prompt], memory)], dtype=prompt.dtype, grad_from=grad_from_frame)
     return live_rollout(denoiser, blocks, levels, noise, exit_step, **settings)

@@ -5,7 +5,7 @@
 - "joint": both are tuned together on the pixels, held near the code.
 
 The weights that count are an average over steps. At the end they are stored in float16, loaded again and measured on
-clips that were never trained on. Their latents stay those of the code, mean 0 and variance 1, so that a diffusion
+clips that were never trained on. Their latents stay those of the code, so that a diffusion
 model can be trained on the code at the same time.
 
 All randomness follows from (seed, step), so a resumed run on one machine equals an uninterrupted one, bit for

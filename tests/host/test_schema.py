@@ -17,7 +17,8 @@ NODES = sorted(json.loads(SNAPSHOT.read_text(encoding="utf-8"))) if SNAPSHOT.exi
 # An entry of a help page. Lists, not tables: the help panel is about 40 characters wide.
 ITEM = r"^- \*\*(.+?)\*\*: "
 # Combos that list what is in folders of the user.
-FILE_LISTS = {("ForcingLoadCheckpoint", "checkpoint"), ("ForcingLoadCheckpoint", "lora"), ("ForcingResume", "snapshot")}
+FILE_LISTS = {("ForcingLoadCheckpoint", "checkpoint"), ("ForcingLoadCheckpoint", "lora"), ("ForcingResume", "snapshot"),
+              ("ForcingLiveCheckpoint", "checkpoint"), ("ForcingLiveCheckpoint", "autoencoder")}
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +121,7 @@ def test_help_pages_are_served(comfy_server):
             assert reply.read().startswith(b"# Forcing ")
 
 
-# No workflow on the shelf yet. (A snapshot exists only after a run of one's own, so none could name one.)
-WITHOUT_WORKFLOW = {"ForcingStream", "ForcingSnapshot", "ForcingResume"}
-
-
-@pytest.mark.parametrize("name", sorted({*NODES} - WITHOUT_WORKFLOW))
+@pytest.mark.parametrize("name", NODES)
 def test_an_example_workflow_uses_the_node(name):
     workflows = [json.loads(path.read_text(encoding="utf-8")) for path in (PACK / "workflows").glob("*.json")]
     assert any(node["type"] == name for workflow in workflows for node in workflow["nodes"])

@@ -135,7 +135,7 @@ def run(monkeypatch, tmp_path, vae):
     """run(seconds, ...): the path that the node wrote to."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     node = ForcingStream.PREPARE_CLASS_CLONE(None)
-    node.hidden = SimpleNamespace(prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}})
+    node.hidden = SimpleNamespace(prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}}, unique_id="7")
 
     def make(seconds, options=PLAIN, *, guide=None, sigmas=TWO_STEPS, latent=None, how=None,
              kind="mkv lossless", **more):
@@ -297,7 +297,6 @@ REFUSED = {
     "Connect the SAMPLER of Forcing Preset": dict(how=object()),
     "starts every block from pure noise": dict(sigmas=(0.9, 0.5, 0.0)),
     "batch_size 1": dict(latent={"samples": hostkit.latent(3, batch=2)}),
-    "Leave the snapshot node out": dict(how=CausalSampler(RolloutOptions(), snapshots=object())),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any, Callable
 
 import torch
@@ -17,7 +18,7 @@ from forcing_pack.forcing_core.memory import Memory, make_memory
 from forcing_pack.forcing_core.plan import Block, layout
 from forcing_pack.forcing_core.policies import build
 from forcing_pack.forcing_core.policies.base import storage_of
-from forcing_pack.forcing_core.rollout import ROLLOUTS, Switch, most_frames
+from forcing_pack.forcing_core.rollout import ROLLOUTS, RolloutState, Switch, most_frames
 from forcing_pack.forcing_core.rollout.transitions import TRANSITIONS, check_switches
 from forcing_pack.forcing_core.schedule import levels
 from forcing_pack.forcing_core.wan import WanConfig
@@ -37,13 +38,16 @@ TRIES = 30  # draws of options until some make sense together
 FLAG = (False, True)
 # name of a field -> values it takes in a test: small, and all that there are of names
 VALUES: dict[str, tuple] = {
-    "aligned": FLAG, "alpha": (0.5, 0.0, 0.9, 1.0), "beta": (3.0, 0.0, 12.0), "block": (1, 2, 3, 4),
-    "budget": (4, 1, 2, 3, 6, 8, 10), "compact": FLAG, "dense": (0, 1, 3, 99), "fast": (4, 1, 2, 3, 6),
-    "gamma": (0.1, 0.5), "group": ("head", "block", "token"), "hole": FLAG, "interval": (1, 2, 3, 6),
-    "jitter": (0.0, 0.8), "limit": (1024, 7, 8, 10, 13, 16), "mode": ("surprise", "uniform"), "offload": FLAG,
-    "positions": ("relative", "absolute", "rebased"), "promote": (1, 2, 3), "radius": (1, 0, 2), "recent": (3, 0, 1, 2, 4),
-    "released": FLAG, "reuse_cap": (None, 1, 2, 7), "sink": (1, 0, 2, 3), "sink_dtype": ("model", "float32"),
-    "slow": (2, 1, 3, 5), "store": tuple(CODECS), "tau": (0.6, 0.2, 0.9, 1.5), "top_k": (1, 0, 2, 3),
+    "active": (0, 1, 2), "aligned": FLAG, "alpha": (0.5, 0.0, 0.9, 1.0), "beta": (3.0, 0.0, 12.0), "block": (1, 2, 3, 4),
+    "budget": (4, 1, 2, 3, 6, 8, 10), "candidates": (2, 1, 4), "compact": FLAG, "dense": (0, 1, 3, 99), "fast": (4, 1, 2, 3, 6),
+    "gamma": (0.1, 0.5), "group": ("head", "block", "token"), "history": (1, 0, 2), "hole": FLAG, "interval": (1, 2, 3, 6),
+    "jitter": (0.0, 0.8), "limit": (1024, 7, 8, 10, 13, 16), "lookahead": (8, 1), "mode": ("surprise", "uniform"),
+    "novelty": (2.0, 0.0),
+    "offload": FLAG, "positions": ("relative", "absolute", "rebased"), "promote": (1, 2, 3), "radius": (1, 0, 2),
+    "recent": (3, 0, 1, 2, 4), "references": (1, 2), "released": FLAG, "reservoir": (9, 7, 12, 16),
+    "reuse_cap": (None, 1, 2, 7), "sink": (1, 0, 2, 3),
+    "sink_dtype": ("model", "float32"),
+    "slow": (2, 1, 3, 5), "store": tuple(CODECS), "stride": (4, 1), "tau": (0.6, 0.2, 0.9, 1.5), "top_k": (1, 0, 2, 3),
     "weight": (0.3, 1.0), "window": (6, 4, 5, 7, 8, 9, 12, None),
 }
 STORAGE = ("store", "offload", "dense")  # only where a policy's store takes variants
@@ -213,19 +217,24 @@ def video(made: Combination, *, samples=(0,), into: Memory | None = None, change
     """Generated x0 [B, C, frames - given, H, W]. into: the memory to use. changed: first frame with other noise.
     after: called with the memory and the phase after every forward."""
     memory, noise = into or empty(made), SampleNoise(samples, changed)
+    target = denoiser(memory, samples)
+    return rollout(made, _Watched(target, memory, after) if after else target, noise)
+
+
+def denoiser(memory: Memory, samples=(0,)) -> NetworkDenoiser:
+    """The network of all videos here, with prompts that belong to samples."""
     prompts = [torch.cat([core.prompts(seed=10 * segment + s) for s in samples]) for segment in range(3)]
-    denoiser = NetworkDenoiser(network(), [Condition(prompts, memory)])
-    return rollout(made, _Watched(denoiser, memory, after) if after else denoiser, noise)
+    return NetworkDenoiser(network(), [Condition(prompts, memory)])
 
 
-def rollout(made: Combination, denoiser, noise) -> Tensor:
-    """The rollout of a combination with any denoiser."""
+def rollout(made: Combination, denoiser, noise, blocks: int | None = None, resume: RolloutState | None = None) -> Tensor:
+    """The rollout of a combination with any denoiser. blocks: only so many. resume: where to go on, and what to keep up."""
     context = noise.latents(0, made.given, len(STEPS)) if made.given else None
     run = ROLLOUTS[made.options.rollout]
-    return torch.cat([x0 for _, x0 in run(
+    return torch.cat([x0 for _, x0 in islice(run(
         denoiser, made.blocks, levels(STEPS[:made.steps], 5.0), noise, context=context, block=made.options.block,
         independent_first=made.independent_first, window=build(made.options, made.frames).capacity,
-        switches=made.switches)], dim=2)
+        switches=made.switches, resume=resume), blocks)], dim=2)
 
 
 class _Watched:

@@ -1,16 +1,18 @@
-"""Two rollouts of one long video, one of them much further on, taken a block each in turn: what a block costs, early and late.
+"""Two rollouts of one long video, one of them much further on, taken a few blocks each in turn: what a block costs, early
+and late.
 
-Taking turns, both see the same machine: whatever else it does slows both down alike.
+Time is that of the processor spent in this process, so what other programs take does not count; taking turns, both rollouts
+see the same caches and the same clock rate, which other programs do change.
 """
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, fields
 from statistics import median
-from typing import Any, Callable
+from typing import Any
 
 from forcing_pack.forcing_core.errors import ForcingError
-from forcing_pack.forcing_core.memory import memory_bytes
+from forcing_pack.forcing_core.memory import memory_bytes, memory_host_bytes
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.plan import layout
 from forcing_pack.forcing_core.policies import KINDS, build
@@ -18,8 +20,8 @@ from forcing_pack.forcing_core.policies.base import storage_of
 from forcing_pack.forcing_core.rollout import ROLLOUTS
 from forcing_pack.forcing_core.schedule import levels
 from forcing_pack.forcing_core.standalone import make_denoiser
-from forcing_pack.forcing_core.wan import WanConfig, WanModel
-from forcing_pack.forcing_core.wan.random import random_network, random_prompt
+from forcing_pack.forcing_core.wan import WanModel
+from torch import Tensor
 
 MINUTE = 240  # latent frames, at 16 pictures a second
 LONG = 20 * MINUTE
@@ -28,16 +30,24 @@ WINDOW, SINK = 12, 3  # where a policy's own default is everything, or none
 
 @dataclass(frozen=True)
 class Cost:
-    """Median seconds of a block, and bytes of the store on device and host, of the early rollout and of the late one."""
+    """Of the early rollout and of the late one: median processor seconds of a block, those of every group of blocks in
+    a row, and bytes of the store on device and host. announced: those bytes as they are told before a run."""
 
     early: float
     late: float
+    early_groups: tuple[float, ...]
+    late_groups: tuple[float, ...]
     early_bytes: tuple[int, int]
     late_bytes: tuple[int, int]
+    announced: tuple[int, int]
 
     @property
     def ratio(self) -> float:
         return self.late / self.early
+
+    @property
+    def constant_bytes(self) -> bool:
+        return self.early_bytes == self.late_bytes == self.announced
 
 
 def bounded_options() -> dict[str, Any]:
@@ -67,12 +77,13 @@ def _bytes(options, frames: int) -> int:
 class Stage:
     """A rollout of a video of `frames` latent frames that can be stopped at any block."""
 
-    def __init__(self, net: WanModel, config: WanConfig, options, frames: int, size: tuple[int, int], steps: int,
-                 clock: Callable[[], float]):
-        denoiser = make_denoiser(net, options, frames, size, [random_prompt(config, 1)])
-        self._memory, self._clock = denoiser.conditions[0].memory, clock
+    def __init__(self, net: WanModel, prompt: Tensor, options, frames: int, size: tuple[int, int], steps: int):
+        denoiser = make_denoiser(net, options, frames, size, [prompt])
+        self._memory, self._storage = denoiser.conditions[0].memory, storage_of(options)
+        self._sizes = {"layers": net.config.layers, "frame_tokens": size[0] * size[1] // 4, "dim": net.config.dim, "batch": 1,
+                       "element_size": 4}
         few = levels((1000, 750, 500, 250)[:steps], 5.0)
-        noise = BlockNoise(0, (1, config.in_channels), size)
+        noise = BlockNoise(0, (1, net.config.in_channels), size)
         self._blocks = ROLLOUTS[options.rollout](denoiser, layout(frames, options.block), few, noise, block=options.block,
                                                  window=self._memory.policy.capacity)
 
@@ -81,26 +92,35 @@ class Stage:
         while next(self._blocks)[0].end < frame:
             pass
 
-    def block(self) -> float:
-        """Make one block; how long it took."""
-        start = self._clock()
-        next(self._blocks)
-        return self._clock() - start
+    def group(self, blocks: int) -> float:
+        """Make so many blocks; processor seconds that one of them took."""
+        start = time.process_time()
+        for _ in range(blocks):
+            next(self._blocks)
+        return (time.process_time() - start) / blocks
 
     @property
     def bytes(self) -> tuple[int, int]:
         return self._memory.store.nbytes, getattr(self._memory.store, "host_nbytes", 0)
 
+    @property
+    def announced(self) -> tuple[int, int]:
+        return tuple(count(self._memory.policy, self._storage, **self._sizes) for count in (memory_bytes, memory_host_bytes))
 
-def cost(options, config: WanConfig, *, frames: int, early: int, late: int, size: tuple[int, int], steps: int, blocks: int,
-         clock: Callable[[], float] = time.perf_counter) -> Cost:
-    """Blocks before and at latent frame `late` against those at `early`, of a video of `frames`.
 
-    blocks: how many, the last of which end at about these frames. size: (H, W) of the latent. Random weights.
+def cost(options, net: WanModel, prompt: Tensor, *, frames: int, early: int, late: int, size: tuple[int, int], steps: int,
+         groups: int, together: int = 1) -> Cost:
+    """Blocks from latent frame `late` on against those from `early` on, of a video of `frames`.
+
+    size: (H, W) of the latent; prompt: [1, n, text_dim]. groups: how many are measured, of `together` blocks each: a policy
+    that works harder at every second block is measured over both kinds.
     """
-    net = random_network(config, 0)
-    near, far = (Stage(net, config, options, frames, size, steps, clock) for _ in range(2))
-    near.advance(early - blocks * options.block)
-    far.advance(late - blocks * options.block)
-    pairs = [(near.block(), far.block()) for _ in range(blocks)]
-    return Cost(*(median(times) for times in zip(*pairs)), near.bytes, far.bytes)
+    near, far = (Stage(net, prompt, options, frames, size, steps) for _ in range(2))
+    near.advance(early)
+    far.advance(late)
+    times: dict[Stage, list[float]] = {near: [], far: []}
+    for number in range(groups):
+        for stage in (near, far) if number % 2 else (far, near):
+            times[stage].append(stage.group(together))
+    return Cost(median(times[near]), median(times[far]), tuple(times[near]), tuple(times[far]), near.bytes, far.bytes,
+                far.announced)

@@ -6,8 +6,10 @@ The card of `hello` shows pictures of the bundled model instead, so it needs the
 """
 import sys
 from dataclasses import dataclass
+from typing import Callable
 
 import bench
+import stream_pictures
 from examples import COMPARED_MICRO, SMALL
 from examples_long import COMPARED, LONG
 from forcing_pack.forcing_core import plan_view
@@ -31,7 +33,7 @@ BETWEEN = 10  # plans
 class Card:
     """title: lines of the heading. frames, given: of the plan in latent frames. caches: policies that are drawn, one
     below the other; None is the preset's own. captions: of the bundled model's clips that are shown in place of plans,
-    one a row."""
+    one a row. rows: makes such clips."""
 
     title: tuple
     text: tuple
@@ -40,6 +42,7 @@ class Card:
     given: int = 0
     caches: tuple = (None,)
     captions: tuple = ()
+    rows: Callable | None = None
 
 
 CARDS = {
@@ -67,6 +70,14 @@ CARDS = {
                                       60, caches=tuple(COMPARED.values())[:3]),
     "compare_micro": Card(("Compare", "memories"), ("10 s, side by side", "Nothing to download"), "self-forcing", 42,
                           caches=tuple(COMPARED_MICRO.values())),
+    "endless_stream": Card(("Endless", "stream"), ("Written while it is made", "Nothing to download"), "self-forcing",
+                           rows=stream_pictures.endless_stream),
+    "resume_and_branch": Card(("Resume", "and branch"), ("One beginning, three ends", "Nothing to download"), "self-forcing",
+                              rows=stream_pictures.resume_and_branch),
+    "video_continuation": Card(("Go on with", "a video"), ("Video to video", "Nothing to download"), "self-forcing",
+                               rows=stream_pictures.video_continuation),
+    "restyle_video": Card(("Restyle", "a video"), ("Video to video", "Nothing to download"), "self-forcing",
+                          rows=stream_pictures.restyle_video),
 }
 
 
@@ -85,8 +96,8 @@ def draw(card):
     image = Image.composite(Image.new("RGB", image.size, BOTTOM), Image.new("RGB", image.size, TOP), image)
     pen = ImageDraw.Draw(image)
     write(pen, card)
-    if card.captions:
-        clips(image, card.captions)
+    if card.captions or card.rows:
+        clips(image, card.rows() if card.rows else [clip(caption, 1) for caption in card.captions])
         return image.resize(SIZE, Image.Resampling.LANCZOS)
     tables = [table_of(card, cache) for cache in card.caches]
     high = (LOW - HIGH + BETWEEN) / len(tables)
@@ -108,12 +119,11 @@ def write(pen, card):
     pen.text((36 * SCALE, 318 * SCALE), "ComfyUI-Forcing", TEXT, font=font(14 * SCALE))
 
 
-def clips(image, captions, seed=1):
-    """Evenly spaced pictures of 5 s, one row a caption."""
+def clips(image, rows):
+    """Evenly spaced pictures of every clip, one below the other."""
     side, gap = 64, (RIGHT - LEFT - COLUMNS * 64) // (COLUMNS - 1)
-    top = (SIZE[1] - len(captions) * (side + gap) + gap) // 2
-    for row, caption in enumerate(captions):
-        pictures = clip(caption, seed)
+    top = (SIZE[1] - len(rows) * (side + gap) + gap) // 2
+    for row, pictures in enumerate(rows):
         for column in range(COLUMNS):
             picture = Image.fromarray(pictures[column * (len(pictures) - 1) // (COLUMNS - 1)])
             place = LEFT + column * (side + gap), top + row * (side + gap)

@@ -224,7 +224,7 @@ def test_the_preset_is_the_published_cache():
 
 @pytest.mark.parametrize("options, message", [
     ({"mode": "none"}, "surprise, uniform"), ({"fast": 2}, "at least 3 frames"), ({"promote": 4}, "make no sense"),
-    ({"slow": 0}, "make no sense"), ({"sink": -1}, "make no sense"), ({"offload": True}, "without offload")])
+    ({"slow": 0}, "make no sense"), ({"sink": -1}, "make no sense")])
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(ForcingError, match=message):
         BoundedOptions(**options)

@@ -197,7 +197,7 @@ def test_fetch_can_take_another_file(hub, tmp_path, capsys):
     assert "checkpoints/self_forcing_dmd.pt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["knot-forcing", "live", "context-forcing"])
+@pytest.mark.parametrize("name", ["knot-forcing", "context-forcing"])
 def test_fetch_without_a_known_file_says_why(name, hub, capsys):
     assert program.main(["fetch", name, "--accept-licence"]) == 1
     assert "No single weights file" in capsys.readouterr().err and hub.asked == []

@@ -246,7 +246,7 @@ def test_the_plan_view_names_single_tokens():
 
 @pytest.mark.parametrize("options, message", [
     ({"block": 5}, "Use recent 5 or more"), ({"budget": 13}, "between"), ({"budget": 22}, "between"),
-    ({"reuse_cap": 0}, "at least 1"), ({"sink": 0}, "sink of 1 or"), ({"store": "int8"}, "store of its own"),
+    ({"reuse_cap": 0}, "at least 1"), ({"sink": 0}, "sink of 1 or"),
     ({"positions": "relative"}, "absolute, rebased"), ({"window": None}, "needs a window")])
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(ForcingError, match=message):

@@ -3,19 +3,21 @@ import json
 import os
 import signal
 from argparse import ArgumentParser
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from forcing_pack.forcing_core.cli import evaluate as command
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.evaluate import ablations, plots, rollouts, run, settings, tables
-from forcing_pack.forcing_core.micro import bundle, world
+from forcing_pack.forcing_core.micro import bundle, temporal, world
 from forcing_pack.forcing_core.micro.observe import frames_of, observe
 from forcing_pack.forcing_core.micro.vae import MicroVAE, vae_bytes
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.policies import KINDS, build
 from forcing_pack.forcing_core.presets import PRESETS
+from forcing_pack.forcing_core.rollout import Switch
+from forcing_pack.forcing_core.rollout.transitions import check_switches
 from forcing_pack.forcing_core.standalone import make_denoiser, preset_rollout
 from forcing_pack.forcing_core.wan.random import random_network
 from PIL import Image
@@ -64,6 +66,10 @@ def quiet(*_):
 def test_every_cache_policy_with_a_published_system_has_a_setting():
     wanted = {preset.policy for preset in PRESETS.values() if preset.policy in KINDS and preset.block == 3}
     assert {setting.preset.policy for setting in settings.SETTINGS.values()} == wanted >= {"window"}
+    assert {"relax", "memflow", "merging", "routing", "bounded", "rolling_sink", "recompute", "recency"} <= wanted
+    assert wanted == {*KINDS} - {"reference"}  # which needs pictures
+    assert {settings.SETTINGS[name].cache().store for name in ("self-forcing-int8", "self-forcing-fp8")} == {"int8", "fp8"}
+    assert settings.SETTINGS["lol"].cache().jitter == 0.8
     further = [setting for setting in settings.SETTINGS.values() if setting.preset.policy != "window"]
     assert len(further) == len(wanted) - 1 and all(setting.steps == 4 for setting in further)
 
@@ -92,11 +98,10 @@ def test_lengths_are_whole_blocks(seconds, latents):
 
 def test_longer_lengths_have_the_first_captions():
     options = run.Options((), (120, 5, 30, 5))
-    assert options.seconds == (5, 30, 120) and options.switch_seconds == 5
+    assert options.seconds == (5, 30, 120)
     assert [options.clips(seconds) for seconds in options.seconds] == [24, 8, 4]
     assert options.specs(5)[:4] == options.specs(120)
     assert run.Options((), (120,), 7).clips(120) == 7
-    assert run.Options((), (1, 4)).switch_seconds is None
 
 
 def test_the_captions_are_unseen():
@@ -131,10 +136,12 @@ def test_a_stream_is_the_rollout_decoded_at_once(models):
     steps = preset_rollout(SELF_FORCING.preset, denoiser, frames, BlockNoise(3, (2, 16), (8, 8)))
     whole = models.vae.decode(torch.cat([latents for _, latents in steps], 2)).clamp(-1, 1)
     assert made.sizes == [3, 3, 3] and ticks == [(1, 3), (2, 3), (3, 3)] and len(made.times) == 3
-    assert made.clip.shape == (2, 33, 3, 64, 64) and made.clip.dtype == torch.float16
-    assert (made.clip.float() - frames_of(whole)).abs().max() < 2e-3
-    assert made.clip.float().std() > 0.01
-    assert torch.equal(made.observation.objects, observe(frames_of(whole)).objects)
+    clip, seen = frames_of(whole), temporal.Pixels().push(frames_of(whole))
+    assert made.pixels.frames == 33 and clip.std() > 0.01
+    assert torch.allclose(made.pixels.steps, seen.steps, atol=1e-5) and torch.allclose(made.pixels.small, seen.small, atol=1e-4)
+    assert torch.equal(made.observation.objects, observe(clip).objects)
+    shown = [clip[0, frame].permute(1, 2, 0).add(1).mul(127.5) for frame in rollouts.times(33)]
+    assert all(abs(torch.from_numpy(tile).float() - one).max() < 0.6 for tile, one in zip(made.tiles, shown, strict=True))
     assert made.store_bytes == 2 * 9 * 16 * 128 * 2 * 4  # clips, frames, tokens, width, keys and values, float32
 
 
@@ -142,15 +149,50 @@ def test_a_guided_setting_has_two_stores_and_its_own_network(models):
     captions = ["a red circle moving left on a dark background"]
     plain, guided = (rollouts.roll(models, settings.SETTINGS[name], captions, 6, 0, quiet)
                      for name in ("self-forcing", "teacher"))
-    assert guided.store_bytes == 2 * plain.store_bytes and not torch.equal(plain.clip, guided.clip)
+    assert guided.store_bytes == 2 * plain.store_bytes and not torch.equal(plain.pixels.steps, guided.pixels.steps)
+
+
+def test_what_is_kept_of_a_video_is_small(models):
+    """Less than a sixth of its pixels in float16, and nothing that hangs on to a decoded piece."""
+    captions = captions_of(run.Options((), (5,), 2).specs(5))
+    made = rollouts.roll(models, SELF_FORCING, captions, 24, 0, quiet)
+    kept = [getattr(part, f.name) for part in made.seen for f in fields(part)] + made.pixels._small + made.pixels._steps
+    frames = len(captions) * made.pixels.frames
+    assert made.pixels.frames == 93 and sum(t.untyped_storage().nbytes() for t in kept) < 4096 * frames
+    assert made.pixels._last.untyped_storage().nbytes() == 2 * 3 * 64 * 64 * 4 and len(made.tiles) == rollouts.CELLS
+    assert all(tile.base is None or tile.base.nbytes <= 12 * 3 * 64 * 64 for tile in made.tiles)
 
 
 def test_after_a_switch_the_new_caption_rules(models):
     before, after = (["a red circle moving left on a dark background"], ["a blue square moving up on a light background"])
     turned = rollouts.roll(models, SELF_FORCING, before, 12, 0, quiet, rollouts.Turn(2, after))
     same = rollouts.roll(models, SELF_FORCING, before, 12, 0, quiet, rollouts.Turn(2, before))
-    assert turned.observation.background.shape == (1, 24, 3) and not turned.clips
+    assert turned.observation.background.shape == (1, 24, 3) and not turned.tiles
     assert not torch.allclose(turned.observation.background, same.observation.background)
+
+
+@pytest.mark.parametrize("name", settings.SETTINGS)
+def test_every_setting_has_a_way_to_change_its_prompt(name):
+    setting = settings.SETTINGS[name]
+    cache = setting.cache()
+    assert setting.transition == ("keep" if cache.rollout == "rolling" else "recache")
+    check_switches([Switch(9, 1, transition=setting.transition)], build(cache, 21), cache.rollout)
+
+
+@pytest.mark.parametrize("name, replayed", [("rolling-forcing", []), ("memflow", [(0, 6)]), ("relax-forcing", [(0, 6)]),
+                                            ("krea-realtime-14b", [])])
+def test_a_switch_is_made_in_the_way_of_the_setting(name, replayed, models, monkeypatch):
+    seen, call = [], rollouts.NetworkDenoiser.__call__
+
+    def noted(self, x, levels, first, phase):
+        seen.append((phase, first, x.shape[2]))
+        return call(self, x, levels, first, phase)
+
+    monkeypatch.setattr(rollouts.NetworkDenoiser, "__call__", noted)
+    before, after = (["a red circle moving left on a dark background"], ["a blue square moving up on a light background"])
+    made = rollouts.roll(models, settings.SETTINGS[name], before, 12, 0, quiet, rollouts.Turn(2, after))
+    assert made.observation.background.isfinite().all() and made.sizes == [3] * 4
+    assert [rest for phase, *rest in seen if phase == "recache"] == [list(part) for part in replayed]
 
 
 # --- rows
@@ -165,8 +207,9 @@ def perfect(delay):
             new = world.render([told[caption] for caption in turn.captions], 4 * frames - 3)
             first = 4 * 3 * turn.block - 3
             video = torch.cat([video[:, :, first:first + delay], new[:, :, first + delay:]], 2)
-        clip = frames_of(video)
-        return rollouts.Made([3] * (frames // 3), [clip.half()], [observe(clip)], [9.0, 2.0, 1.0, 3.0], 4000)
+        made = rollouts.Made(rollouts.times(4 * frames - 3), [3] * (frames // 3), times=[9.0, 2.0, 1.0, 3.0], store_bytes=4000)
+        made.look(frames_of(video))
+        return made
 
     told = {world.caption(spec): spec for spec in world.specs(world.draw(9, 2000, split="test"))}
     return roll
@@ -182,7 +225,26 @@ def test_a_perfect_model_gets_perfect_figures(monkeypatch, delay):
     expected = {48: (None, 0), None: (None, None)}.get(delay, (delay, 1))
     assert (row["switch_delay_frames"], row["switched"]) == expected
     assert row["switch_note"] == ("no switches" if delay is None else "")
+    assert (row["switch_seconds"], row["transition"]) == ((None, None) if delay is None else (81 / 16, "recache"))
     assert results.reference[0]["caption_accuracy"] == 1 and results.reference[0]["drift"] < 0.02
+
+
+def test_the_delay_is_the_median_of_those_that_obey(monkeypatch):
+    monkeypatch.setattr(run, "roll", perfect(0))
+    monkeypatch.setattr(run.metrics, "switch_delay_frames", lambda *_: [3, None, 8, None, 40])
+    results = run.evaluate(run.Options((SELF_FORCING,), (5,), 5), None)
+    assert (results.rows[0]["switch_delay_frames"], results.rows[0]["switched"]) == (8, 0.6)
+    line = next(line for line in tables.result_lines(run.Options((SELF_FORCING,), (5,), 5), results)
+                if line.startswith("self-forcing"))
+    assert line.split()[-4:-2] == ["8", "0.60"]
+
+
+def test_a_setting_switches_once_and_every_length_tells(monkeypatch):
+    calls, roll = [], perfect(5)
+    monkeypatch.setattr(run, "roll", lambda *args, **more: calls.append(len(args) > 6) or roll(*args, **more))
+    rows = run.evaluate(run.Options((SELF_FORCING,), (1, 6, 7), 2), None).rows
+    assert sum(calls) == 1 and [row["switch_delay_frames"] for row in rows] == [None, 5, 5]
+    assert "less than 5 s" in rows[0]["switch_note"] and rows[1]["switch_seconds"] == rows[2]["switch_seconds"] > 6
 
 
 def test_a_setting_that_cannot_make_a_length_is_skipped_and_named(models):

@@ -34,7 +34,7 @@ def test_every_head_turns_in_time_by_its_own_base(dtype):
     out, plain = rotate(x, Rope(GRID, 128, bases=bases).table(places)), rotate(x, Rope(GRID, 128).table(places))
     dim = axis_dims(128)[0]
     assert out.dtype is dtype and out.shape == x.shape
-    assert gap(out[:, :, 1], plain[:, :, 1]) <= 1e-6 and torch.equal(out[..., dim:], plain[..., dim:])
+    assert gap(out[:, :, 1], plain[:, :, 1]) <= 1e-6 and gap(out[..., dim:], plain[..., dim:]) <= 1e-6
     pairs = torch.view_as_complex(x[..., :dim].double().unflatten(-1, (-1, 2)).contiguous())
     for head, base in enumerate(bases):
         turn = torch.polar(torch.ones(3, dim // 2, dtype=torch.float64), angles(places, dim, base)).repeat_interleave(6, 0)

@@ -231,6 +231,20 @@ def test_loops(damage):
     assert temporal.repeats(frames_of(still))["frozen"].min() == 1
 
 
+@pytest.mark.parametrize("sizes", [[1, 12, 20], [32, 1]])
+def test_a_clip_that_is_seen_in_pieces(sizes):
+    """Nothing of a video has to be kept for the measures of its pixels."""
+    clip = frames_of(world.render([one(square()), one(square(2, speed=0.9))], FRAMES))
+    pixels = temporal.Pixels()
+    for part in clip.split(sizes, 1):
+        pixels.push(part)
+    whole, seen = temporal.repeats(clip), temporal.repeats(pixels)
+    assert pixels.frames == FRAMES and all(torch.equal(seen[name], value) for name, value in whole.items())
+    assert temporal.seam_change(pixels, BLOCKS) == pytest.approx(temporal.seam_change(clip, BLOCKS), rel=1e-5)
+    plain = (clip[:, 1:] - clip[:, :-1]).abs().mean((2, 3, 4))
+    assert torch.allclose(pixels.steps, plain) and pixels.small.shape == (2, FRAMES, 768)
+
+
 def test_switch_delay():
     """Red until frame 25, green from then on; asked for at frame 20. A short flash of green does not count."""
     red, green = (world.render([one(square(c, speed=0.1))], 60) for c in (0, 1))

@@ -1,4 +1,6 @@
 """The table of plans is what a rollout really does, and the announced bytes are what a store really takes."""
+from dataclasses import replace
+
 import pytest
 import torch
 from forcing_pack.forcing_core.errors import ForcingError
@@ -6,6 +8,7 @@ from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.plan_view import (
     COLOURS,
     StoreShape,
+    _state,
     announce,
     draw,
     format_bytes,
@@ -13,7 +16,7 @@ from forcing_pack.forcing_core.plan_view import (
     start_seconds,
     title,
 )
-from forcing_pack.forcing_core.policies import WindowOptions
+from forcing_pack.forcing_core.policies import MergingOptions, WindowOptions
 from forcing_pack.forcing_core.presets import Preset
 from forcing_pack.forcing_core.standalone import make_denoiser, preset_rollout
 from forcing_pack.forcing_core.wan import WanConfig
@@ -91,6 +94,24 @@ def test_no_row_sees_more_than_its_window_and_nothing_comes_back(data):
         assert len(row.read) <= options.window
         assert not gone & set(row.read)
         assert gone | set(row.read) == set(range(row.block.end))
+
+
+def test_merged_frames_are_not_drawn_as_evicted():
+    """They live on in the groups that their tokens joined; where nothing is merged, the newest do, whole."""
+    options = MergingOptions(sink=1, recent=3, block=3, budget=6)
+    table = simulate(options, 30)
+    last = table.rows[-1]
+    assert last.read == (0, *range(24, 30)) and last.tokens == tuple(range(1, 24)) and last.evicted == (21, 22, 23)
+    assert {_state(table, row, frame) for row in table.rows for frame in range(30)} == {
+        "block", "past", "sink", "tokens", "future"} and COLOURS["tokens"] in colours(draw(table))
+    whole = simulate(replace(options, tau=1.0), 30).rows[-1]
+    assert whole.tokens == tuple(range(18, 24))
+    assert simulate(options, 7).rows[-1].tokens == ()
+
+
+def test_a_policy_without_tokens_of_its_own_leaves_none():
+    table = simulate(WindowOptions(window=6, sink=1, block=2), 20)
+    assert all(row.tokens == () for row in table.rows) and _state(table, table.rows[-1], 1) == "evicted"
 
 
 @pytest.mark.parametrize("conditions", [1, 2])

@@ -33,8 +33,10 @@ def test_exponents_are_per_axis():
 @pytest.mark.parametrize("position", [1000, 100000])
 def test_table_entries_far_out(position):
     """The matrices are rounded to float32 only after cosine and sine: no more than a float32 rounding off."""
-    table = Rope((2, 3), 128).table([position])
+    table = Rope((2, 3), 128, matrices=True).table([position])
     assert table.shape == (1, 6, 1, 64, 2, 2) and table.dtype == torch.float32
+    turns = Rope((2, 3), 128).table([position])
+    assert torch.equal(torch.view_as_real(turns), table[..., 0])
     for i in range(22):
         turns = Fraction(position * math.pow(10000.0, -2.0 * i / 44))
         cos, sin = math.cos(turns), math.sin(turns)
@@ -83,3 +85,33 @@ def test_low_precision_inputs_keep_their_positions(dtype):
         assert gap(turned[a].float(), turned[b].float()) > 0.1
     for t, position in zip(turned, (300, 301, 302)):
         assert gap(t.float(), rotated(x.float(), [position], (1, 1))) <= 2 ** -7
+
+
+@pytest.mark.parametrize("bases", [(), (9000.0, 12000.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_and_matrices_turn_alike(dtype, bases):
+    """One complex product where the device has those, two columns of a matrix elsewhere: to the last bit or two, also for
+    single tokens and for heads that differ."""
+    x = torch.randn(2, 12, 2, 128, generator=torch.Generator().manual_seed(3)).to(dtype)
+    fast, plain = (Rope((2, 3), 128, "cpu", bases, matrices) for matrices in (False, True))
+    within = 1e-6 if dtype is torch.float32 else 0.04
+    assert gap(rotate(x, fast.table([3, 500])), rotate(x, plain.table([3, 500]))) <= within
+    if not bases:
+        place = torch.tensor([[3] * 12, [900] * 12]), torch.arange(12).expand(2, -1) % 6
+        assert gap(rotate(x, fast.tokens(*place, 0, 1000)), rotate(x, plain.tokens(*place, 0, 1000))) <= within
+
+
+def test_a_device_without_complex_numbers_gets_matrices():
+    assert not Rope((1, 1), 128, "meta").table([1]).is_complex() and Rope((1, 1), 128).table([1]).is_complex()
+
+
+@pytest.mark.parametrize("low, high", [(3, 6), (0, 5000)], ids=["a narrow range", "a wide one"])
+def test_single_tokens_turn_as_whole_frames_do(low, high):
+    """A table of a wide range would cost more the longer a video gets."""
+    rope = Rope((2, 3), 128)
+    positions, cells = torch.tensor([[5, 3, 4], [4, 5, 5]]), torch.tensor([[0, 4, 2], [1, 1, 5]])
+    made = rope.tokens(positions, cells, low, high)
+    assert sum(len(table) for table in rope._recent.values()) <= 3
+    for sample, token in [(b, n) for b in range(2) for n in range(3)]:
+        whole = rope.table([int(positions[sample, token])])[0, int(cells[sample, token])]
+        assert torch.allclose(made[sample, token], whole, atol=1e-7, rtol=0)

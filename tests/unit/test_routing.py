@@ -165,8 +165,7 @@ def test_the_preset():
 
 @pytest.mark.parametrize("options, message", [
     ({"group": "layer"}, "head, block, token"), ({"top_k": -1}, "make no sense"),
-    ({"top_k": 0, "sink": 0, "recent": 0}, "at least 1 frame"), ({"window": 3}, "at least 4 frames"),
-    ({"store": "int8"}, "Use store 'model'")])
+    ({"top_k": 0, "sink": 0, "recent": 0}, "at least 1 frame"), ({"window": 3}, "at least 4 frames")])
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(ForcingError, match=message):
         RoutingOptions(**options)

@@ -17,9 +17,12 @@ from forcing_pack.forcing_core.policies import (
     DeepCompressOptions,
     DeepSinkOptions,
     EmaSinkOptions,
+    MemFlowOptions,
     MergingOptions,
     RecencyOptions,
     RecomputeOptions,
+    ReferenceOptions,
+    RelaxOptions,
     RollingOptions,
     RollingSinkOptions,
     RoutingOptions,
@@ -65,6 +68,11 @@ OPTIONS = {
     "recency": RecencyOptions(6, 1, 1, 2),
     "recompute": RecomputeOptions(5, 2, weight=0.3),
     "rolling_sink": RollingSinkOptions(6, 2),
+    "reference": ReferenceOptions(6, 2, 2, "rebased", 7),
+    "relax": RelaxOptions(1, 1, 1, 2, 7, block=2),
+    "relax, int8, offload": RelaxOptions(1, 1, 1, 2, 7, block=2, store="int8", offload=True),
+    "memflow": MemFlowOptions(6, 1, 2),
+    "memflow, active, int8": MemFlowOptions(7, 2, 2, active=1, store="int8"),
 }
 by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 
@@ -175,6 +183,16 @@ def test_changes_of_prompt_before_at_and_after_the_snapshot(transition, place, t
     joined, whole = both(tmp_path / "a", WINDOW, switches=switches, prompts=2)
     assert torch.equal(joined, whole)
     assert not torch.equal(joined, blocks(WINDOW, denoiser(WINDOW)))
+
+
+@pytest.mark.parametrize("place, transition", [(6, "recache"), (8, "keep"), (12, "keep")])
+def test_a_bank_is_chosen_once_for_a_prompt(place, transition, tmp_path):
+    """What was chosen before the snapshot is saved, and not chosen again when its prompt is brought back."""
+    options, switches = OPTIONS["memflow"], (Switch(place, 1, transition=transition),)
+    joined, whole = both(tmp_path / "a", options, switches=switches, prompts=2, batch=2)
+    assert torch.equal(joined, whole)
+    other = blocks(WINDOW, denoiser(WINDOW, prompts=2, batch=2), switches=switches, batch=2)  # nothing is chosen
+    assert torch.equal(whole[:, :, :place], other[:, :, :place]) and not torch.equal(whole[:, :, place:], other[:, :, place:])
 
 
 @pytest.mark.parametrize("name", ["rolling", "recompute"])
