@@ -95,6 +95,11 @@ class NetworkDenoiser:
         return x0_from_velocity(x, velocity.to(x.dtype), [level.sigma for level in levels])
 
     @property
+    def heads(self) -> int:
+        """Of every store."""
+        return self.net.config.heads
+
+    @property
     def joins(self) -> bool:
         """Whether a clean pass and the noisy one behind it can share a forward now."""
         return all(can_join(condition.memory) for condition in self.conditions)
@@ -147,7 +152,7 @@ class NetworkDenoiser:
         saved.only(map(str, range(len(self.conditions))))
         for index, condition in enumerate(self.conditions):
             prompt, config = condition.prompts[0], self.net.config
-            like = prompt.new_empty(prompt.shape[0], 0, config.heads, config.dim // config.heads, dtype=self.dtype)
+            like = prompt.new_empty(prompt.shape[0], 0, self.heads, config.dim // config.heads, dtype=self.dtype)
             condition.memory.load(saved.part(str(index)), like)
 
     @torch.no_grad()

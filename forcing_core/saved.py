@@ -6,7 +6,7 @@ not fit raises ForcingError.
 """
 from __future__ import annotations
 
-from typing import Any, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -62,6 +62,11 @@ class Saved:
 
     def part(self, name: str) -> Saved:
         return Saved(self._plain.get(name), self._tensors, self._where(name))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Saved:
+        """The same part with what `change` makes of its tensors."""
+        mine = {name: change(t) for name, t in self._tensors.items() if name.startswith(f"{self._path}/")}
+        return Saved(self._plain, mine, self._path)
 
     def same(self, name: str, wanted: Any, fix: str) -> None:
         """The value has to be this one; `fix` says what to do where it is not."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bench.timing import check_device
 from ..errors import ForcingError
-from ..training import distil, dit, recipe, robust, student, vae
+from ..training import distil, dit, portrait, recipe, robust, student, vae
 from .demo import INTERRUPTED, stop_on_interrupt
 
 HELP = "Train the small models of this repository on the world that it generates. Every stage can be resumed."
@@ -87,6 +87,8 @@ COMMANDS = {
     "student": ("Train the few-step student on its own rollouts (Self Forcing).", _student(student.StudentSettings)),
     "long": ("Train the student on rollouts longer than the teacher's clips (Self-Forcing++).",
              _student(student.LongSettings)),
+    "portrait": ("Train the micro portrait: a drawn face from one picture, driven by a puppet.",
+                 (_steps(portrait.PortraitSettings.steps), _batch(portrait.PortraitSettings.batch))),
     "micro": ("Run all stages one after the other, and draw their losses.", ()),
 }
 

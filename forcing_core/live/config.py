@@ -22,7 +22,8 @@ class LiveConfig:
 
     latent: (rows, columns) of the latent, both even. window: frames of the longest sequence, positions 0..window-1.
     rope: channels of a head that turn with time, row and column; they add up to a head. condition: key of CONDITIONS.
-    condition_dim: numbers a frame has of it. Raises ForcingError for sizes that do not divide.
+    condition_dim: numbers a frame has of it. cell: pixels of a latent cell, each way. Raises ForcingError for sizes that do
+    not divide.
     """
 
     dim: int = 1536
@@ -36,6 +37,7 @@ class LiveConfig:
     frequencies: int = 256
     condition: str = "camera"
     condition_dim: int = 6
+    cell: int = DOWNSAMPLING
 
     def __post_init__(self):
         if self.dim % self.heads or sum(self.rope) != self.dim // self.heads or any(d % 2 for d in self.rope):
@@ -69,7 +71,7 @@ class LiveConfig:
     @property
     def picture(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return self.latent[0] * DOWNSAMPLING, self.latent[1] * DOWNSAMPLING
+        return self.latent[0] * self.cell, self.latent[1] * self.cell
 
 
 @dataclass(frozen=True)

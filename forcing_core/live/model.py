@@ -165,18 +165,21 @@ class LiveModel(nn.Module):
         return rearrange(self.final_layer(tokens, c), "b (f h w) (c p q) -> b c f (h p) (w q)", h=rows, w=columns, p=PATCH,
                          q=PATCH)
 
-    def remember(self, x: Tensor, timesteps: Tensor, condition: Tensor, attend: Attend = SDPA) -> Context:
-        """The context that these frames are for those behind them; arguments as in `forward`."""
-        tokens, c, turn = self._embedded(x, timesteps, condition, 0)
-        context = Context(x.shape[2])
-        for layer in self.blocks:
+    def remember(self, x: Tensor, timesteps: Tensor, condition: Tensor, attend: Attend = SDPA,
+                 context: Context | None = None) -> Context:
+        """The context that these frames, behind those of `context`, are for those behind them; arguments as in `forward`."""
+        before = context or Context()
+        tokens, c, turn = self._embedded(x, timesteps, condition, before.frames)
+        made = Context(before.frames + x.shape[2])
+        for index, layer in enumerate(self.blocks):
             m = layer.modulation(c)
             q, k, v = layer.project(tokens, m, turn)
-            context.keys.append(k)
-            context.values.append(v)
+            k, v = before.extended(index, k, v)
+            made.keys.append(k)
+            made.values.append(v)
             if layer is not self.blocks[-1]:  # nothing reads what the last layer makes of a context
                 tokens = layer.finish(tokens, block_causal(q, k, v, self.config.tokens, attend), m)
-        return context
+        return made
 
     def _embedded(self, x: Tensor, timesteps: Tensor, condition: Tensor, first: int) -> tuple[Tensor, Tensor, Rotary]:
         """(tokens, their conditions, their rotation) of frames that stand at position `first` of the window."""

@@ -3,9 +3,9 @@
 Every latent cell, 8x8 pixels of one frame (the video's first) or of four, becomes 16 numbers by a principal
 component analysis of world clips. They have mean 0, and variance 1 on average; a strong direction keeps more of it
 than a weak one (the strongest is 36 times the weakest in pixels, 6 times in the code). With equal variances, noise
-would hide brightness and a shape's last corner alike, and a denoiser's error would weigh them alike: shapes stayed
-blobs for twice as many steps. Learning a fixed code first is what makes the VAE quick and stable to train; learning
-code and picture together from the start was neither.
+would hide brightness and a shape's last corner alike, and a denoiser's error would weigh them alike. Learning a fixed
+code first is what makes the VAE quick and stable to train; learning code and picture together from the start was
+neither.
 
 The two kinds of cells have a basis each. The first frame's is turned so that a picture has nearly the same code
 as a video that stands still on it: a rotation costs nothing, since the numbers are already uncorrelated.

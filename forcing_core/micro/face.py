@@ -86,8 +86,8 @@ def identities(seed: int, n: int, device: torch.device | str = "cpu") -> Identit
 def track(seed: int, n: int, frames: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
     """[n, 4, frames] of frames start ..: yaw, pitch, roll in radians and mouth opening in 0 .. 1.
 
-    Slow sums of two sines for the pose; the mouth opens two or three times a second (16 fps) and pauses now and
-    then. Closed forms: a longer track has the shorter one as its prefix.
+    Slow sums of two sines for the pose; the mouth opens about once a second (16 fps) and pauses now and then: the four
+    frames of a latent cannot hold faster speech. Closed forms: a longer track has the shorter one as its prefix.
     """
     generator = torch.Generator("cpu").manual_seed(mix(seed, 0x7AC4))
     u = torch.rand(n, 4, 4, 1, generator=generator, dtype=torch.float64).to(device)
@@ -96,9 +96,15 @@ def track(seed: int, n: int, frames: int, device: torch.device | str = "cpu", st
     fast = torch.sin(2 * math.pi * (time / (22 + 14 * u[:, :, 2]) + u[:, :, 3]))
     reach = torch.tensor([0.36, 0.2, 0.14], device=device, dtype=time.dtype)[:, None]
     pose = reach * (0.7 * slow[:, :3] + 0.3 * fast[:, :3])
-    syllable = torch.sin(2 * math.pi * (time / (6 + 2 * u[:, 3, 2]) + u[:, 3, 3])).clamp_min(0)
+    syllable = torch.sin(2 * math.pi * (time / (14 + 6 * u[:, 3, 2]) + u[:, 3, 3])).clamp_min(0)
     speaking = (1.5 * slow[:, 3] + 1.0).clamp(0, 1)
     return torch.cat([pose, (syllable * speaking)[:, None]], 1).float()
+
+
+def eased(drive: Tensor, frames: int = 16) -> Tensor:
+    """The track [B, 4, T] with a start from rest, as in a reference picture, over its first `frames` frames."""
+    ramp = torch.arange(drive.shape[2], device=drive.device).div(frames).clamp_max(1)
+    return drive * ramp
 
 
 def _coverage(x: Tensor, y: Tensor, rx: Tensor, ry: Tensor, pixels: float) -> Tensor:
@@ -119,7 +125,7 @@ def _grids(roll: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
 
 
 def _draw(colours: dict[str, Tensor], width: Tensor, jaw: Tensor, drive: Tensor, size: int) -> Tensor:
-    """colours: name -> [B, 3] in [0, 1]; width, jaw [B]; drive [B, 4, T]."""
+    """colours: name -> [B, C] in [0, 1]; width, jaw [B]; drive [B, 4, T]. [B, C, T, size, size] in [-1, 1]."""
     yaw, pitch, roll, mouth = (v[..., None, None] for v in drive.unbind(1))
     body, head = _grids(drive[:, 2], size)
     pixels = size * _HEAD
@@ -158,3 +164,22 @@ def driver(drive: Tensor, size: int = 64) -> Tensor:
     colours = {name: torch.tensor([rgb], device=drive.device) for name, rgb in _PUPPET.items()}
     plain = torch.ones(len(drive), device=drive.device)
     return _draw(colours, 0.78 * plain, 0.7 * plain, drive, size)
+
+
+def labels(who: Identity, drive: Tensor, size: int = 64) -> Tensor:
+    """Where each of the identity's colours is seen, [B, 5, T, size, size] bool in the order of skin, hair, eyes, shirt and
+    wall; mixed pixels and darkened parts are left out."""
+    names = (*_TABLES, *_FIXED)
+    hot = torch.eye(len(names), device=drive.device)
+    seen = _draw({name: hot[i:i + 1] for i, name in enumerate(names)}, who["width"], who["jaw"], drive, size)
+    return seen[:, :len(_TABLES)] > 0.8
+
+
+def mouth_window(drive: Tensor, size: int = 64) -> Tensor:
+    """Where a mouth can be, [B, T, size, size] bool: what the widest opening covers, moved with the head."""
+    lips = PARTS[-2]
+    yaw, pitch = drive[:, 0, :, None, None], drive[:, 1, :, None, None]
+    _, (x, y) = _grids(drive[:, 2], size)
+    x = (x - lips.z * yaw.sin()) / lips.rx
+    y = (y - lips.y * pitch.cos() - lips.z * pitch.sin()) / (lips.ry + lips.open)
+    return x.square() + y.square() < 1

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ForcingError
 from ..media import save_png
-from . import distil, dit, network, robust, student, vae
+from . import distil, dit, network, portrait, robust, student, vae
 from .loop import Stage, train
 from .plot import picture
 from .state import load_checkpoint, write_whole
@@ -64,6 +64,8 @@ STAGES = {
                    lambda quick: student.QUICK if quick else student.StudentSettings(), 0.2, "teacher"),
     "long": Row(student.LongTrainer,
                 lambda quick: student.LONG_QUICK if quick else student.LongSettings(), 0.15, "student"),
+    "portrait": Row(portrait.PortraitTrainer,
+                    lambda quick: portrait.QUICK if quick else portrait.PortraitSettings(), 0.0, finish=portrait.finish),
 }
 
 
