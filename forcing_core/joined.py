@@ -52,10 +52,10 @@ class Joined:
 
 
 def can_join(memory: Memory) -> bool:
-    """Whether passes of this memory can share a forward: those with plain passes over a plain store that holds the block
-    already. Others look at keys or change them."""
+    """Whether passes of this memory can share a forward: those with plain, dense passes over a plain store that holds the
+    block already. Others look at keys or change them."""
     plain = type(memory.store) is Store and not hasattr(memory.policy, "make_pass") and not memory.ahead
-    return plain and bool(memory.store.frames)
+    return plain and memory.sparse is None and bool(memory.store.frames)
 
 
 def join(memory: Memory, clean: Frames, noisy: Frames) -> Joined:

@@ -12,6 +12,7 @@ from .policies import Policy, build
 from .policies.base import storage_of
 from .rope import Rope
 from .saved import Saved, Tree
+from .sparse import Sparse, Sparsity, Video
 from .store import PLAIN, Keys, Storage, Store, store_bytes, store_host_bytes
 
 
@@ -27,6 +28,7 @@ class Memory:
     rope: Rope
     jumps: dict[int, int] = field(default_factory=dict)  # first frame of a call -> temporal positions further away
     ahead: int = 0  # newest frames of every noisy pass that belong to the next block: attended to, never stored
+    sparse: Sparsity | None = None  # attention to a part of what is read
 
     def begin(self, first: int, frames: int, phase: Phase, sigma: float = 0.0) -> Pass:
         beyond = self.ahead if phase == "noisy" else 0
@@ -37,7 +39,8 @@ class Memory:
             plan, call = _beyond(plan, call, beyond), replace(call, frames=frames)
         if first in self.jumps and phase != "recache":
             plan = _jumped(plan, call.span, self.jumps[first])
-        return make(plan, call, self.store, self.rope)
+        now = make(plan, call, self.store, self.rope)
+        return now if self.sparse is None else self.sparse.around(now)
 
     def forget(self) -> None:
         """Drop every frame but a reference (a recache that also renews the sink starts with this)."""
@@ -69,7 +72,8 @@ class Memory:
     def state(self) -> Tree:
         """What a fresh memory of the same options needs to go on after the last pass."""
         policy = self.policy.state() if hasattr(self.policy, "state") else {}
-        return {"store": self.store.state(), "policy": policy, "jumps": sorted(map(list, self.jumps.items()))}
+        sparse = {} if self.sparse is None else {"sparse": self.sparse.state()}
+        return {"store": self.store.state(), "policy": policy, "jumps": sorted(map(list, self.jumps.items())), **sparse}
 
     def load(self, saved: Saved, like: Tensor) -> None:
         """Become the memory that was saved. like: [B, 0, H, D] in the compute dtype, on the device of the run. Raises
@@ -78,6 +82,8 @@ class Memory:
         if hasattr(self.policy, "load"):
             self.policy.load(saved.part("policy"))
         self.jumps = saved.pairs("jumps")
+        if self.sparse is not None and "sparse" in saved:  # a snapshot of a dense run leaves the heads to be looked at
+            self.sparse.load(saved.part("sparse"), like.shape[2])
 
 
 def _beyond(plan: Plan, call: Call, frames: int) -> Plan:
@@ -108,19 +114,28 @@ def can_jump(policy: Policy) -> None:
 
 
 def make_memory(options, frames: int, *, layers: int, grid: tuple[int, int], head_dim: int, device,
-                heads: int | None = None, ahead: int = 0, matrices: bool = False) -> Memory:
+                heads: int | None = None, ahead: int = 0, matrices: bool = False,
+                sparse: Sparse | None = None) -> Memory:
     """An empty memory for one condition of a video of `frames` latent frames.
 
     options: those of a cache policy; grid: (rows, columns) of tokens in a latent frame. heads: of the network, only
-    wanted where their positions differ. ahead: latent frames of a knot. matrices: as in `Rope`. Raises ForcingError for a
-    kind of store that the device cannot do.
+    wanted where their positions differ. ahead: latent frames of a knot. matrices: as in `Rope`. sparse: attention to a
+    part of what is read. Raises ForcingError for a kind of store, or a sparse kernel, that the device cannot do.
     """
     policy, storage = build(options, frames), storage_of(options)
     storage.coder.check(device)
     make = getattr(policy, "make_store", Store)
     variant = {} if storage == PLAIN else {"storage": storage}
     return Memory(policy, make(layers, policy.capacity, grid[0] * grid[1], policy.keys, **variant),
-                  Rope(grid, head_dim, device, _bases(policy, heads), matrices), ahead=ahead)
+                  Rope(grid, head_dim, device, _bases(policy, heads), matrices), ahead=ahead,
+                  sparse=_sparsity(sparse, device, Video(frames, options.block, policy.capacity, grid[0] * grid[1], layers)))
+
+
+def _sparsity(sparse: Sparse | None, device, video: Video) -> Sparsity | None:
+    if not sparse:
+        return None
+    sparse.check(device)
+    return Sparsity(sparse, video)
 
 
 def _bases(policy: Policy, heads: int | None) -> tuple[float, ...]:

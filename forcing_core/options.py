@@ -10,6 +10,7 @@ from .policies import KINDS, ReferenceOptions, WindowOptions
 from .presets import POLICIES, Preset
 from .rollout.knot import Knot
 from .schedule import Level, levels, unipc_levels
+from .sparse import Sparse
 
 # How a sigma of the graph becomes the timestep that the network is told.
 TIMESTEPS = {
@@ -29,6 +30,7 @@ class RolloutOptions:
     that the chosen system was trained on; others are refused. guided: made for classifier-free guidance.
     keep_on_interrupt: return finished blocks when the user interrupts. knot: latent frames that neighbouring blocks share.
     joined: make the clean pass of a block and the first noisy one of the next in one forward, where the memory allows it.
+    sparse: attention to a part of what is remembered.
 
     Raises ForcingError for a knot that does not go with the rest.
     """
@@ -48,6 +50,7 @@ class RolloutOptions:
     keep_on_interrupt: bool = False
     knot: Knot = Knot()
     joined: bool = False
+    sparse: Sparse = Sparse()
 
     def __post_init__(self):
         # the policy plans in blocks of the sampler, whatever the cache node was built for

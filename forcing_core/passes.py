@@ -20,7 +20,8 @@ class Exchange(Protocol):
     """All that a layer knows of memory. `silent` passes stop after the last layer's keys and values.
 
     A pass may also have `attend(layer, q, keys, values, attention)`, which stands for `attention(q, keys, values)`
-    with what `exchange` returned: for choices per head and for key biases. One with `observes` true gets queries even
+    with what `exchange` returned: for choices per head and for key biases; and `attend_prompt`, the same for the keys and
+    values of the prompt. One with `observes` true gets queries even
     in the last layer of a silent pass: for choices that depend on them. One with `asks` true is told of the prompt before
     every `exchange`, by `ask(layer, text)` with the mean key of the layer's cross-attention, float32 [B, H, D]. One with
     `leading` frames of which the last layer's keys and values are all that is wanted gets its queries there without them.

@@ -18,6 +18,7 @@ from .policies import KINDS, build, replayed_frames
 from .presets import Preset
 from .rollout import ROLLOUTS
 from .solvers import SOLVERS
+from .sparse import Sparse
 from .wan import WanModel
 
 
@@ -33,18 +34,20 @@ def window_options(preset: Preset, **changes) -> Any:
 
 
 def make_denoiser(net: WanModel, options: Any, frames: int, size: tuple[int, int],
-                  prompts: Sequence[Tensor], guidance: float = 1.0, ahead: int = 0) -> NetworkDenoiser:
+                  prompts: Sequence[Tensor], guidance: float = 1.0, ahead: int = 0,
+                  sparse: Sparse | None = None) -> NetworkDenoiser:
     """A denoiser with an empty store for each condition.
 
     frames: latent frames of the whole video; size: (H, W) of the latent, both even; prompts: one
-    [B, text_len, text_dim] a condition, whose dtype is the compute dtype. ahead: latent frames of a knot.
+    [B, text_len, text_dim] a condition, whose dtype is the compute dtype. ahead: latent frames of a knot. sparse: as in
+    `RolloutOptions`.
     """
     grid = size[0] // net.patch_size[1], size[1] // net.patch_size[2]
 
     def condition(prompt: Tensor) -> Condition:
         return Condition([prompt], make_memory(options, frames, layers=net.config.layers, grid=grid,
                                                head_dim=net.config.dim // net.config.heads, heads=net.config.heads,
-                                               device=prompt.device, ahead=ahead))
+                                               device=prompt.device, ahead=ahead, sparse=sparse))
 
     return NetworkDenoiser(net, [condition(prompt) for prompt in prompts], guidance, dtype=prompts[0].dtype)
 

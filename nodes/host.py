@@ -330,7 +330,8 @@ class HostDenoiser:
             self.memories[key] = make_memory(self.options.cache, shape.frames, layers=shape.layers, grid=shape.grid,
                                              head_dim=shape.dim // shape.heads, heads=shape.heads, device=device,
                                              ahead=self.options.knot.frames,
-                                             matrices=self.options.noise == "comfy")  # core's numbers to the last bit
+                                             matrices=self.options.noise == "comfy",  # core's numbers to the last bit
+                                             sparse=self.options.sparse)
         return self.memories[key]
 
     def _text(self, net, key, context: Tensor, clip: Tensor | None) -> TextState:

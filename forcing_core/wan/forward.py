@@ -9,7 +9,8 @@ Arithmetic follows arXiv 2503.20314 and the public repo guandeh17/Self-Forcing: 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Callable, Protocol, Sequence
 
 import torch
@@ -151,6 +152,7 @@ class _Run:
         self.attend = getattr(memory, "attend", _plainly)
         self.observed, self.asked = getattr(memory, "observes", False), getattr(memory, "asks", False)
         self.leading = getattr(memory, "leading", 0)
+        self.attend_prompt = getattr(memory, "attend_prompt", None)
 
     def layer(self, index: int, block: nn.Module, x: Tensor) -> Tensor | None:
         """One layer of the store. Returns None after the last layer of a silent pass: its keys are all that is wanted."""
@@ -171,9 +173,15 @@ class _Run:
         y = self.attend(index, q, keys, values, ops.attention).flatten(2)
         y = attention.o(ops.after_self_attention(index, y, q=q, k=keys))
         x = torch.addcmul(_frames(x, m[2]), _frames(y, m[2]), m[2]).flatten(1, 2)
-        x = x + ops.cross_attention(index, block, block.norm3(x), self.text, ops, self.net)
+        x = x + ops.cross_attention(index, block, block.norm3(x), self.text, self._prompt_ops(index), self.net)
         x = ops.after_cross_attention(index, x)
         return self.ffn(block, x, m)
+
+    def _prompt_ops(self, index: int) -> Ops:
+        """What cross-attention works with: an attention of the pass where that has one for prompts."""
+        if self.attend_prompt is None:
+            return self.ops
+        return replace(self.ops, attention=partial(self.attend_prompt, index, attention=self.ops.attention))
 
 
 def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exchange, ops: Ops,
