@@ -11,6 +11,7 @@ from typing import Callable
 import bench
 import stream_pictures
 from examples import COMPARED_MICRO, SMALL
+from examples_knot import SHORT
 from examples_long import COMPARED, LONG
 from forcing_pack.forcing_core import plan_view
 from forcing_pack.forcing_core.media import font
@@ -72,6 +73,8 @@ CARDS = {
                           caches=tuple(COMPARED_MICRO.values())),
     "endless_stream": Card(("Endless", "stream"), ("Written while it is made", "Nothing to download"), "self-forcing",
                            rows=stream_pictures.endless_stream),
+    "knot_reference": Card(("Stay close", "to a picture"), ("Text to video, 5 s", "Knots, reference ahead"), "self-forcing",
+                           caches=(SHORT,)),
     "resume_and_branch": Card(("Resume", "and branch"), ("One beginning, three ends", "Nothing to download"), "self-forcing",
                               rows=stream_pictures.resume_and_branch),
     "video_continuation": Card(("Go on with", "a video"), ("Video to video", "Nothing to download"), "self-forcing",

@@ -7,6 +7,7 @@ longer one takes more than 5 % more, or a file has another number of frames than
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ import av
 
 TESTS = Path(__file__).resolve().parents[1]
 BLOCK, FPS, MARGIN = 12, 16, 1.05  # video frames of a block
+# glibc keeps freed blocks for later, more or fewer of them by chance (100 MB between two equal runs); large ones go back now
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
 def weights(folder):
@@ -46,7 +49,7 @@ def measured(folder, minutes, kind):
     path, began = folder / f"{minutes}", time.monotonic()
     told = {"folder": str(folder), "path": str(path), "blocks": blocks, "kind": kind, "memory": True}
     process = subprocess.Popen([sys.executable, str(TESTS / "support" / "streamkit.py"), json.dumps(told)],
-                               stdout=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
     growing, peak = {}, 0
     file = path.with_suffix("." + {"mkv lossless": "mkv"}.get(kind, kind))
     for line in process.stdout:
