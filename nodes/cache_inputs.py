@@ -46,7 +46,7 @@ ORDER = {
     "merging": ("tau", "sink", "recent", "radius", "budget", "limit", "compact", "store", "offload", "dense"),
     "recency": ("window", "sink", "recent", "beta", "gamma", "compact", "store", "offload", "dense"),
     "recompute": ("window", "weight", "store", "offload", "dense"),
-    "rolling_sink": ("window",),
+    "rolling_sink": ("window", "store", "offload", "dense"),
     "relax": ("sink", "history", "recent", "candidates", "reservoir", "novelty", "store", "offload", "dense"),
     "memflow": ("window", "top_k", "active", "compact", "store", "offload", "dense"),
 }

@@ -21,7 +21,7 @@ RELEASED = {
     "merging": ("tau", "sink", "recent", "radius", "budget", "limit", "compact", *STORE),
     "recency": ("window", "sink", "recent", "beta", "gamma", "compact", *STORE),
     "recompute": ("window", "weight", *STORE),
-    "rolling_sink": ("window",),
+    "rolling_sink": ("window", *STORE),
     "relax": ("sink", "history", "recent", "candidates", "reservoir", "novelty", *STORE),
     "memflow": ("window", "top_k", "active", "compact", *STORE),
 }
