@@ -11,10 +11,12 @@ from .latents import ForcingEmptyLatent, ForcingExtend, ForcingStartImage
 from .live import ForcingActionTrack, ForcingCameraPath, ForcingLiveCheckpoint, ForcingLiveSampler
 from .loading import ForcingLoadCheckpoint
 from .micro import ForcingMicroModel
+from .portrait import ForcingMicroPortrait
 from .restyle import ForcingRestyle
 from .routes import register
 from .sampling import ForcingPreset, ForcingSampler, ForcingSigmas
 from .snapshot import ForcingResume, ForcingSnapshot
+from .sparse import ForcingSparse
 from .stream import ForcingStream
 from .track import ForcingPromptSegment, ForcingPromptTrack
 from .video import ForcingStartVideo
@@ -22,6 +24,7 @@ from .video import ForcingStartVideo
 NODES: list[type[io.ComfyNode]] = [
     ForcingLoadCheckpoint,
     ForcingMicroModel,
+    ForcingMicroPortrait,
     ForcingPreset,
     ForcingSampler,
     ForcingSigmas,
@@ -35,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     ForcingStartVideo,
     ForcingKnot,
     ForcingRestyle,
+    ForcingSparse,
     ForcingLiveCheckpoint,
     ForcingCameraPath,
     ForcingActionTrack,

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.live import ActionTrack, CameraPath, CameraTrack, LiveConfig, live_rollout, load
 from ..forcing_core.live.camera_path import EASINGS, PRESETS, draw, keyed_path, parse_keyframes, preset_path
+from ..forcing_core.micro import bundle
+from ..forcing_core.micro import live as micro
 from ..forcing_core.noise import BlockNoise
 from .common import CATEGORY
 
@@ -45,10 +47,24 @@ def compute_dtype(name: str) -> torch.dtype:
 def models(path: str, vae: str | None, dtype: torch.dtype) -> LiveModels:
     """The models of a file. Raises ForcingError for files that are no complete LIVE."""
     loaded = load(path, vae)
-    net, autoencoder = loaded.build(dtype)
+    return managed(*loaded.build(dtype), loaded.config, dtype)
+
+
+def micro_models(dtype: torch.dtype) -> LiveModels:
+    """LIVE in small, with the micro VAE for its pictures."""
+    net = micro.read(micro.path())
+    return managed(net.to(dtype), micro.PictureVAE(bundle.vae()), net.config, dtype)
+
+
+def checkpoints() -> list[str]:
+    """What there is to load: files, and in front of them the micro LIVE where its weights are there."""
+    return [*[micro.CHOICE] * micro.bundled(), *folder_paths.get_filename_list("diffusion_models")]
+
+
+def managed(net: torch.nn.Module, autoencoder: torch.nn.Module, config: LiveConfig, dtype: torch.dtype) -> LiveModels:
     place, rest = mm.get_torch_device(), mm.unet_offload_device()
     patchers = [comfy.model_patcher.ModelPatcher(part, load_device=place, offload_device=rest) for part in (net, autoencoder)]
-    return LiveModels(*patchers, loaded.config, dtype)
+    return LiveModels(*patchers, config, dtype)
 
 
 def start_pictures(image: Tensor, config: LiveConfig) -> Tensor:
@@ -78,7 +94,7 @@ def sample(live: LiveModels, track: CameraPath | ActionTrack, image: Tensor, see
     device, autoencoder = live.network.load_device, live.autoencoder.model
     given = autoencoder.encode((2 * pictures - 1).movedim(-1, 1).to(device)).float().movedim(0, 1)[None]
     noise = BlockNoise(seed, (1, live.config.channels), live.config.latent, device)
-    progress, made = comfy.utils.ProgressBar(frames), [pictures]
+    progress, made, window = comfy.utils.ProgressBar(frames), [pictures], min(window, live.config.window)
     rollout = live_rollout(live.network.model, drive, given, frames, noise, window=window, steps=steps, dtype=live.dtype)
     for _, latents in rollout:
         mm.throw_exception_if_processing_interrupted()
@@ -104,8 +120,9 @@ class ForcingLiveCheckpoint(io.ComfyNode):
                         "its autoencoder, or the file that the convert command makes of both.",
             search_aliases=["world model", "camera control", "re10k", "interactive video"],
             inputs=[
-                io.Combo.Input("checkpoint", options=folder_paths.get_filename_list("diffusion_models"),
-                               tooltip="File in models/diffusion_models: live-re10k.ckpt, or a converted .safetensors."),
+                io.Combo.Input("checkpoint", options=checkpoints(),
+                               tooltip="File in models/diffusion_models: live-re10k.ckpt, or a converted .safetensors. The "
+                                       "micro LIVE, where it was trained: a shape on 64x64 pixels that actions move."),
                 io.Combo.Input("autoencoder", options=[INSIDE, *folder_paths.get_filename_list("vae")], default=INSIDE,
                                tooltip="vae-kl16.ckpt in models/vae for the published checkpoint. Converted files hold it."),
                 io.Combo.Input("dtype", options=["default", *DTYPES], default="default", advanced=True,
@@ -116,6 +133,8 @@ class ForcingLiveCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint, autoencoder, dtype="default") -> io.NodeOutput:
+        if checkpoint == micro.CHOICE:
+            return io.NodeOutput(micro_models(compute_dtype(dtype)))
         vae = None if autoencoder == INSIDE else folder_paths.get_full_path_or_raise("vae", autoencoder)
         path = folder_paths.get_full_path_or_raise("diffusion_models", checkpoint)
         return io.NodeOutput(models(path, vae, compute_dtype(dtype)))
@@ -166,14 +185,15 @@ class ForcingActionTrack(io.ComfyNode):
             node_id="ForcingActionTrack",
             display_name="Forcing Action Track",
             category=CATEGORY,
-            description="Actions to drive a LIVE that was trained on a game. Its weights are not published yet, so today only "
-                        "checkpoints of your own take it.",
+            description="Actions to drive a LIVE that was trained on a game: one of your own, such as the micro "
+                        "LIVE of 'python -m forcing_core train live'. The authors' weights are not published yet.",
             search_aliases=["minecraft", "keyboard", "game actions"],
             inputs=[
                 io.Int.Input("frames", default=64, min=2, max=100000, tooltip="Length of the video, start pictures included."),
                 io.String.Input("text", default="0: forward\n32: forward jump cameraX=0.2", multiline=True,
                                 tooltip="A line each, 'frame: action action'; it holds until the next line. cameraX and "
-                                        "cameraY take a number from -1 to 1, such as cameraX=0.2."),
+                                        "cameraY take a number from -1 to 1, such as cameraX=0.2. The micro LIVE knows left, "
+                                     "right, forward (up) and back (down)."),
             ],
             outputs=[Drive.Output(display_name="track", tooltip="Connect to Forcing LIVE Sampler.")],
         )
@@ -195,15 +215,16 @@ class ForcingLiveSampler(io.ComfyNode):
             search_aliases=["world model", "camera control", "image to video"],
             inputs=[
                 Live.Input("live", tooltip="From Forcing LIVE Checkpoint."),
-                Drive.Input("track", tooltip="From Forcing Camera Path. The video becomes as long as it."),
+                Drive.Input("track", tooltip="From Forcing Camera Path, or Forcing Action Track for the micro LIVE. The video "
+                                             "becomes as long as it."),
                 io.Image.Input("image", tooltip="Start picture, or a clip to go on from; square for RealEstate10K, any size."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="The same seed and track give the same video; a longer one begins like a shorter one "
                                      "under the same camera."),
                 io.Int.Input("steps", default=18, min=2, max=1000, advanced=True, tooltip="18 as published."),
                 io.Int.Input("window", default=32, min=2, max=32, advanced=True,
-                             tooltip="Frames that are seen at once, the new one included; 32 as trained. Less is faster and "
-                                     "forgets sooner."),
+                             tooltip="Frames that are seen at once, the new one included; 32 as trained (the micro LIVE: 8). "
+                                     "Less is faster and forgets sooner."),
                 io.Int.Input("start_frames", default=0, min=0, max=100000, advanced=True,
                              tooltip="Use the last so many pictures of a clip as context. 0 uses all."),
             ],

@@ -7,15 +7,18 @@ from pathlib import Path
 
 from ..bench.timing import machine, write_json
 from ..errors import ForcingError
-from ..evaluate import ablations, plots
-from ..evaluate.run import CAPTIONS, QUICK_CAPTIONS, SECONDS, Options, Progress, Results, evaluate, load, report
+from ..evaluate import ablations, plots, portrait
+from ..evaluate.run import CAPTIONS, QUICK_CAPTIONS, SECONDS, Options, Progress, Results, evaluate, load, report, strict
 from ..evaluate.settings import ALL, QUICK, USUAL, choose
 from ..evaluate.tables import result_lines, setting_lines, verdict_lines
+from ..micro.portrait import FILE
+from ..micro.portrait import load as load_portrait
 from .demo import INTERRUPTED, stop_on_interrupt
 
 HELP = ("Make videos of captions with the micro model under several settings (networks and memories) and measure them "
         "from their pixels. Everything is seeded. Ctrl-C keeps the rows that are finished.")
 BAR = 24
+PORTRAIT_SECONDS, QUICK_SECONDS, PEOPLE = 120.0, 10.0, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write every number there; updated after every row")
     add("--out", type=Path, metavar="DIR", help="folder for the plots: sheet.png, drift.png, accuracy.png")
     add("--weights", type=Path, metavar="DIR", help="folder of other weights (default: those of the package)")
+    add("--portrait", action="store_true", help=f"measure the micro portrait instead, with and without the parts of Knot "
+        f"Forcing ({PORTRAIT_SECONDS:g} s, {PEOPLE} people unless --seconds and --captions say otherwise)")
     add("--list", action="store_true", help="list the settings and stop")
 
 
@@ -74,6 +79,11 @@ class Line:
         elif done:
             print(text, file=self.stream, flush=True)
 
+    def say(self, text: str) -> None:
+        """A step of something that has no blocks to count."""
+        self.stream.write(f"\r\x1b[K{text}" if self.live else f"{text}\n")
+        self.stream.flush()
+
     def end(self) -> None:
         if self.live:
             self.stream.write("\r\x1b[K")
@@ -84,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(setting_lines(USUAL)))
         return 0
+    if args.portrait:
+        return run_portrait(args)
     options = options_of(args)
     check_places(args)
     models, info, line = load(args.weights, options.settings), machine(), Line()
@@ -98,6 +110,23 @@ def run(args: argparse.Namespace) -> int:
     line.end()
     save(results)
     return _finish(args, options, results)
+
+
+def run_portrait(args: argparse.Namespace) -> int:
+    if args.settings or args.ablations or len(args.seconds or ()) > 1:
+        raise ForcingError("--portrait has ways of its own and one length. Leave out --settings and --ablations, and give one "
+                           "number of seconds.")
+    check_places(args)
+    line = Line()
+    chosen = load_portrait(*([args.weights / FILE] if args.weights else []))
+    seconds, = args.seconds or [QUICK_SECONDS if args.quick else PORTRAIT_SECONDS]
+    result = portrait.evaluate(chosen, seconds, args.captions or PEOPLE, args.seed, line.say)
+    line.end()
+    if args.json is not None:
+        told = {key: value for key, value in result.items() if key != "pictures"}
+        write_json(args.json, strict(told | {"machine": machine()}))
+    print("\n".join([*portrait.lines(result), *map(str, portrait.write(result, args.out) if args.out else ())]))
+    return 0
 
 
 def _finish(args: argparse.Namespace, options: Options, results: Results) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bench.timing import check_device
 from ..errors import ForcingError
-from ..training import distil, dit, portrait, recipe, robust, student, vae
+from ..training import distil, dit, live, live_compare, portrait, recipe, robust, student, vae
 from .demo import INTERRUPTED, stop_on_interrupt
 
 HELP = "Train the small models of this repository on the world that it generates. Every stage can be resumed."
@@ -89,7 +89,13 @@ COMMANDS = {
              _student(student.LongSettings)),
     "portrait": ("Train the micro portrait: a drawn face from one picture, driven by a puppet.",
                  (_steps(portrait.PortraitSettings.steps), _batch(portrait.PortraitSettings.batch))),
+    "live_base": ("Train LIVE in small, a world that keys steer, on true clips.",
+                  (_steps(live.LiveSettings.steps), _batch(live.LiveSettings.batch))),
+    "live_plain": ("Go on with it, on true clips alone.", (_steps(live.LaterSettings.steps),)),
+    "live_cycle": ("Go on with it by cycle consistency: recover the start of its own rollouts.",
+                   (_steps(live.LaterSettings.steps),)),
     "micro": ("Run all stages one after the other, and draw their losses.", ()),
+    "live": ("Run the three live stages, and compare them after a minute of play.", ()),
 }
 
 
@@ -107,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--seed", type=int, help="seed of weights and clips (default: 0)")
         for option in options:
             add("--" + option.name.replace("_", "-"), type=option.kind, help=option.help)
-        if name != "micro":
+        if name in recipe.STAGES:
             add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE", help="any other setting")
             if recipe.STAGES[name].after:
                 for flag, (attribute, text) in PATHS.items():
@@ -136,6 +142,9 @@ def run(args: argparse.Namespace) -> int:
         if args.stage == "micro":
             done = recipe.run_all(asked, show, stop)
             lines = [f"{args.out / recipe.PLOT}: the losses of all stages"]
+        elif args.stage == "live":
+            rows = recipe.run_live(asked, show, stop)
+            done, lines = rows is not None, [] if rows is None else live_compare.table(rows)
         else:
             report = recipe.run(args.stage, asked, show, stop)
             done, lines = report is not None, [] if report is None else summary(report, args.out)

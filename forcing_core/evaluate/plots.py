@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 from ..errors import ForcingError
 from ..media import INK, PAPER, font, pillow, save_png
@@ -26,6 +26,8 @@ FAINT, GRID = (130, 130, 134), (222, 222, 218)
 PALETTE = ((84, 134, 188), (217, 95, 46), (38, 128, 112), (150, 90, 170), (200, 150, 20), (50, 60, 110), (190, 60, 100),
            (70, 160, 60), (20, 110, 170), (150, 100, 60), (90, 80, 200), (0, 150, 160))
 WIDTH, HEIGHT = 1800, 900
+SAME = "The same caption and the same noise under every setting"
+DRIFT = "how far colours of thing and background are from those of the first second (RGB distance)"
 
 
 class _Canvas:
@@ -64,7 +66,8 @@ def spread(wanted: Sequence[float], least: float, low: float, high: float) -> li
     return places
 
 
-def sheet(rows: Sequence[tuple[str, str, Sequence[ndarray]]], seconds: Sequence[float], caption: str) -> Image:
+def sheet(rows: Sequence[tuple[str, str, Sequence[ndarray]]], seconds: Sequence[float], caption: str,
+          title: str = SAME) -> Image:
     """One row for each (name, title, pictures uint8 [H, W, 3]), with the time of every column above. Raises ForcingError
     without rows."""
     if not rows:
@@ -74,7 +77,7 @@ def sheet(rows: Sequence[tuple[str, str, Sequence[ndarray]]], seconds: Sequence[
     top = MARGIN + 130
     width = max(left + len(seconds) * (TILE + GAP) - GAP, MARGIN + text_width([caption]))
     canvas = _Canvas(width + MARGIN, top + len(rows) * (TILE + GAP) + MARGIN - GAP)
-    canvas.title("The same caption and the same noise under every setting", caption)
+    canvas.title(title, caption)
     for column, at in enumerate(seconds):
         canvas.text(left + column * (TILE + GAP) + TILE / 2, top - GAP, f"{at:.1f} s", "md", FAINT)
     for number, (name, title, pictures) in enumerate(rows):
@@ -125,19 +128,20 @@ class _Axes:
         return self.bottom - (self.bottom - self.top) * value / self.highest
 
 
-def drift_plot(rows: Sequence[Row]) -> Image:
-    """Curves of colour error against the first second, one a setting, named at their ends."""
+def drift_plot(rows: Sequence[Row], title: str = "Drift", below: str = DRIFT,
+               colour_of: Callable[[str], tuple[int, int, int]] = _colour) -> Image:
+    """Curves of colour error against the first second (or of what `title` says), one a setting, named at their ends."""
     points = {row["settings"]: [(n + 0.5, value) for n, value in enumerate(row["drift_curve"]) if math.isfinite(value)]
               for row in rows}
     points = {name: line for name, line in points.items() if line}
     canvas = _Canvas(WIDTH, HEIGHT)
-    canvas.title("Drift", "how far colours of thing and background are from those of the first second (RGB distance)")
+    canvas.title(title, below)
     longest = max((line[-1][0] + 0.5 for line in points.values()), default=1.0)
     highest = max((value for line in points.values() for _, value in line), default=0.0)
     axes = _Axes(canvas, WIDTH - MARGIN - 90 - text_width(list(points)), longest, 1.05 * max(highest, 0.05))
     places = spread([axes.y(line[-1][1]) for line in points.values()], SMALL + 8, axes.top, axes.bottom)
     for (name, line), place in zip(points.items(), places):
-        colour, ends = _colour(name), [(axes.x(at), axes.y(value)) for at, value in line]
+        colour, ends = colour_of(name), [(axes.x(at), axes.y(value)) for at, value in line]
         canvas.pen.line(ends, colour, 5, joint="curve")
         for x, y in ends if len(ends) < 12 else ends[-1:]:
             canvas.pen.ellipse((x - 6, y - 6, x + 6, y + 6), colour)

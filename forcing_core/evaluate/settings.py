@@ -54,6 +54,7 @@ class Setting:
 
 
 _FEW = get("self-forcing")
+_FIRST = replace(_FEW, first_steps=tuple(range(1000, 0, -125)))
 _TEACHER = replace(get("causal-forcing-ar-teacher-chunkwise"), step_count=12, cfg=1.3)
 
 
@@ -82,6 +83,8 @@ _ROWS = (
     _window("teacher-4-steps", "the same network in 4 steps, unguided", "teacher"),
     _window("teacher-forcing", "consistency on true histories only", "consistency"),
     _window("self-forcing", "Self Forcing, window 21"),
+    # only once a video: what goes wrong in the first block stays
+    _window("self-forcing-first8", "Self Forcing, 8 steps in the first block", preset=_FIRST),
     _window("self-forcing-window9", "Self Forcing, window 9", window=9),
     _window("self-forcing-sink3", "Self Forcing, window 21 with sink 3", sink=3, positions="relative"),
     # without a sink the same numbers as absolute positions up to rounding, and no end at 1024 frames

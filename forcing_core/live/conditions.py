@@ -26,7 +26,7 @@ SIGNED = ("cameraX", "cameraY")
 
 class Track(Protocol):
     """kind: key of config.CONDITIONS. `window` gives frames first..first+frames-1 as a network wants them, float32
-    [F, 6, h, w] for cameras and [F, channels] otherwise. `length`: frames in all."""
+    [F, 6, h, w] for cameras and [F, channels] otherwise, or with a batch axis in front. `length`: frames in all."""
 
     kind: str
     length: int

@@ -112,7 +112,8 @@ class LiveDenoiser:
         held = 0 if self._latents is None else self._latents.shape[2]
         frames = min(held, self.window - x.shape[2])
         drive = self.track.window(first - frames, frames + x.shape[2]).to(x.device, self.dtype)
-        condition = drive.expand(x.shape[0], *drive.shape)
+        axes = 4 if self.net.config.condition == "camera" else 2
+        condition = drive if drive.ndim > axes else drive.expand(x.shape[0], *drive.shape)
         if frames == 0:
             return Context(), condition
         drawn = self.noise.renoise(Block(first, first - frames, frames), 0)

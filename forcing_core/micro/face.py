@@ -86,8 +86,9 @@ def identities(seed: int, n: int, device: torch.device | str = "cpu") -> Identit
 def track(seed: int, n: int, frames: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
     """[n, 4, frames] of frames start ..: yaw, pitch, roll in radians and mouth opening in 0 .. 1.
 
-    Slow sums of two sines for the pose; the mouth opens about once a second (16 fps) and pauses now and then: the four
-    frames of a latent cannot hold faster speech. Closed forms: a longer track has the shorter one as its prefix.
+    Slow sums of two sines for the pose; the mouth opens every one and a half seconds (16 fps) and pauses now and then: a
+    code with 16 numbers for a cell of four frames shows hardly more than their mean, so faster speech would be lost.
+    Closed forms: a longer track has the shorter one as its prefix.
     """
     generator = torch.Generator("cpu").manual_seed(mix(seed, 0x7AC4))
     u = torch.rand(n, 4, 4, 1, generator=generator, dtype=torch.float64).to(device)
@@ -96,7 +97,7 @@ def track(seed: int, n: int, frames: int, device: torch.device | str = "cpu", st
     fast = torch.sin(2 * math.pi * (time / (22 + 14 * u[:, :, 2]) + u[:, :, 3]))
     reach = torch.tensor([0.36, 0.2, 0.14], device=device, dtype=time.dtype)[:, None]
     pose = reach * (0.7 * slow[:, :3] + 0.3 * fast[:, :3])
-    syllable = torch.sin(2 * math.pi * (time / (14 + 6 * u[:, 3, 2]) + u[:, 3, 3])).clamp_min(0)
+    syllable = torch.sin(2 * math.pi * (time / (22 + 8 * u[:, 3, 2]) + u[:, 3, 3])).clamp_min(0)
     speaking = (1.5 * slow[:, 3] + 1.0).clamp(0, 1)
     return torch.cat([pose, (syllable * speaking)[:, None]], 1).float()
 

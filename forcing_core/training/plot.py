@@ -17,8 +17,9 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 38, 30  # of the axes in a panel
 COLOURS, GRID = ((84, 134, 188), (217, 95, 46), (38, 128, 112)), (226, 226, 222)
 
 
-def picture(stages: Mapping[str, Mapping[str, Points]]) -> Image:
-    """An RGB image of stage -> name of a loss -> its points. Raises ForcingError where there are no stages."""
+def picture(stages: Mapping[str, Mapping[str, Points]], unit: str = "steps") -> Image:
+    """An RGB image of stage -> name of a loss -> its points. unit: of the axis to the right. Raises ForcingError where there
+    are no stages."""
     if not stages:
         raise ForcingError("There are no losses to draw. Train at least one stage.")
     image, draw, _ = pillow()
@@ -27,7 +28,7 @@ def picture(stages: Mapping[str, Mapping[str, Points]]) -> Image:
     sheet = image.new("RGB", (columns * PANEL[0], rows * PANEL[1]), PAPER)
     pen = draw.Draw(sheet)
     for place, (name, losses) in enumerate(stages.items()):
-        _panel(pen, (place % columns * PANEL[0], place // columns * PANEL[1]), name, losses)
+        _panel(pen, (place % columns * PANEL[0], place // columns * PANEL[1]), name, losses, unit)
     return sheet
 
 
@@ -42,7 +43,7 @@ def ticks(low: float, high: float) -> list[float]:
     return inside if len(inside) < 7 else [value for value in inside if f"{value:e}".startswith("1.")]
 
 
-def _panel(pen: ImageDraw, corner: tuple[int, int], name: str, losses: Mapping[str, Points]) -> None:
+def _panel(pen: ImageDraw, corner: tuple[int, int], name: str, losses: Mapping[str, Points], unit: str) -> None:
     points = [point for curve in losses.values() for point in curve if point[1] > 0]
     pen.text((corner[0] + LEFT, corner[1] + 6), name, INK, font=font(15))
     if not points:
@@ -62,7 +63,7 @@ def _panel(pen: ImageDraw, corner: tuple[int, int], name: str, losses: Mapping[s
         pen.text((corner[0] + LEFT - 6, at(0, value)[1]), f"{value:.3g}", INK, font=font(11), anchor="rm")
     for step, anchor in ((0, "lt"), (steps, "rt")):
         pen.text((at(step, low)[0], at(0, low)[1] + 6), f"{step:.0f}", INK, font=font(11), anchor=anchor)
-    pen.text((corner[0] + LEFT + width / 2, at(0, low)[1] + 6), "steps", INK, font=font(11), anchor="mt")
+    pen.text((corner[0] + LEFT + width / 2, at(0, low)[1] + 6), unit, INK, font=font(11), anchor="mt")
     for number, (label, curve) in enumerate(losses.items()):
         colour = COLOURS[number % len(COLOURS)]
         line = [at(step, loss) for step, loss in curve if loss > 0]

@@ -15,7 +15,9 @@ import torch
 
 from ..errors import ForcingError
 from ..media import save_png
-from . import distil, dit, network, portrait, robust, student, vae
+from ..micro.code import of_world
+from ..micro.live import NETWORKS, read
+from . import distil, dit, live, live_compare, network, portrait, robust, student, vae
 from .loop import Stage, train
 from .plot import picture
 from .state import load_checkpoint, write_whole
@@ -44,13 +46,14 @@ class Request:
 @dataclass(frozen=True)
 class Row:
     """kind: trainer; settings: quick -> usual settings; share: of the recipe's minutes, 0 for a stage that is no part of it;
-    after: stage whose weights it starts from; finish: writes weights and report."""
+    after: stage whose weights it starts from; finish: writes weights and report; begin: starts from weights."""
 
     kind: Any
     settings: Callable[[bool], Any]
     share: float
     after: str | None = None
     finish: Callable[[Any, Path, dict[str, Any]], dict[str, Any]] = network.finish
+    begin: Callable[..., Stage] = distil.begin
 
 
 STAGES = {
@@ -66,7 +69,13 @@ STAGES = {
                 lambda quick: student.LONG_QUICK if quick else student.LongSettings(), 0.15, "student"),
     "portrait": Row(portrait.PortraitTrainer,
                     lambda quick: portrait.QUICK if quick else portrait.PortraitSettings(), 0.0, finish=portrait.finish),
+    "live_base": Row(live.LiveTrainer, lambda quick: live.QUICK if quick else live.LiveSettings(), 0.0),
+    "live_plain": Row(live.PlainTrainer, lambda quick: live.LATER_QUICK if quick else live.LaterSettings(), 0.0, "live_base",
+                      begin=live.begin),
+    "live_cycle": Row(live.CycleTrainer, lambda quick: live.LATER_QUICK if quick else live.LaterSettings(), 0.0, "live_base",
+                      begin=live.begin),
 }
+LIVE = ("live_base", "live_plain", "live_cycle")
 
 
 def weights(name: str, out: Path) -> Path:
@@ -118,8 +127,8 @@ def _begin(row: Row, request: Request, show: Show) -> Stage:
     if row.after is None:
         return row.kind(settings, request.device)
     start = request.start or weights(row.after, request.out)
-    return distil.begin(row.kind, settings, start, request.teacher or start.with_name(weights("teacher", start).name),
-                        request.device)
+    teacher = request.teacher or start.with_name(weights("teacher", start).name)
+    return row.begin(row.kind, settings, start, teacher, request.device)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -192,6 +201,22 @@ def run_all(request: Request, show: Show, stop: Callable[[], bool] = lambda: Fal
             return False
     save_png(picture(losses(request.out)), request.out / PLOT)
     return True
+
+
+def run_live(request: Request, show: Show, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+    """Train LIVE in small with and without cycle consistency, those stages that are not finished, then compare them: the rows
+    of `live_compare.compare`, or None where `stop` ended it before. minutes: of the first stage; the other two always have a
+    number of steps, because what they are compared by is an equal one."""
+    folder(request.out)
+    for name in LIVE:
+        if weights(name, request.out).exists():
+            continue
+        part = replace(request, minutes=request.minutes if name == LIVE[0] else None, resume=True)
+        if run(name, part, lambda text, name=name: show(f"{name}: {text}"), stop) is None:
+            return None
+    nets = {name: read(weights(name, request.out)) for name in NETWORKS}
+    options = live_compare.QUICK if request.quick else live_compare.Options()
+    return live_compare.compare(nets, of_world(live.LiveSettings.code_clips), request.out, options, show)
 
 
 def losses(out: Path) -> dict[str, Mapping[str, list[list[float]]]]:

@@ -7,11 +7,14 @@ import folder_paths
 import pytest
 import torch
 from forcing_pack.forcing_core.errors import ForcingError
-from forcing_pack.forcing_core.live import Autoencoder, AutoencoderConfig, CameraTrack, LiveConfig, live_rollout
+from forcing_pack.forcing_core.live import Autoencoder, AutoencoderConfig, CameraTrack, LiveConfig, LiveModel, live_rollout
 from forcing_pack.forcing_core.live.camera_path import preset_path
-from forcing_pack.forcing_core.live.random import random_state
+from forcing_pack.forcing_core.live.random import fill, random_state
+from forcing_pack.forcing_core.micro import bundle
+from forcing_pack.forcing_core.micro import live as micro
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.nodes import live as nodes
+from safetensors.torch import save_file
 
 NAMES = Path(__file__).resolve().parents[1] / "goldens" / "live_cases" / "names.json"
 FRAMES, STEPS, SEED = 4, 2, 9
@@ -81,6 +84,19 @@ def test_paths_come_with_a_picture():
     assert torch.allclose(keyed.centres[-1], torch.tensor([0, 0, 1.0]).double())
     lines = "\n".join(" ".join(map(repr, row)) for row in keyed.vectors().tolist())
     assert torch.equal(nodes.ForcingCameraPath.execute(2, "pose file", 1.0, lines).result[0].poses, keyed.poses)
+
+
+def test_the_micro_live_is_offered_where_it_was_trained(tmp_path, monkeypatch, image):
+    monkeypatch.setattr(bundle, "WEIGHTS", tmp_path)
+    assert micro.CHOICE not in nodes.checkpoints()
+    told = {"forcing.training": json.dumps({"settings": {"dim": 32, "layers": 1}})}
+    save_file(fill(LiveModel(micro.live_config(32, 1)), 1).state_dict(), tmp_path / "micro_live_cycle.safetensors", told)
+    assert nodes.checkpoints()[0] == micro.CHOICE
+    live = nodes.ForcingLiveCheckpoint.execute(micro.CHOICE, nodes.INSIDE, "fp32").result[0]
+    left, right = (nodes.ForcingActionTrack.execute(FRAMES, f"0: {key}").result[0] for key in ("left", "right"))
+    made = sample(live, image, left)
+    assert made.shape == (FRAMES, 64, 64, 3) and torch.equal(made[:1], nodes.start_pictures(image, live.config))
+    assert float((sample(live, image, right) - made)[1:].abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(("make", "fix"), [

@@ -69,6 +69,7 @@ CARDS = {
     "deep_forcing_60s": Card(("Deep", "Forcing"), ("Text to video, 1 min", "Self Forcing weights"), "deep-forcing", 240),
     "compare_long_self_forcing": Card(("Compare", "memories"), ("15 s, side by side", "Self Forcing weights"), "self-forcing",
                                       60, caches=tuple(COMPARED.values())[:3]),
+    "sparse_micro": Card(("Sparse", "attention"), ("AnnSA, 28 % of the keys", "Nothing to download"), "self-forcing", 21),
     "compare_micro": Card(("Compare", "memories"), ("10 s, side by side", "Nothing to download"), "self-forcing", 42,
                           caches=tuple(COMPARED_MICRO.values())),
     "endless_stream": Card(("Endless", "stream"), ("Written while it is made", "Nothing to download"), "self-forcing",
@@ -81,6 +82,11 @@ CARDS = {
                                rows=stream_pictures.video_continuation),
     "restyle_video": Card(("Restyle", "a video"), ("Video to video", "Nothing to download"), "self-forcing",
                           rows=stream_pictures.restyle_video),
+    "portrait_micro": Card(("A portrait", "that speaks"), ("Driven by sound", "Nothing to download"), "self-forcing", 42,
+                           caches=(SHORT,)),
+    "portrait_vace": Card(("Portrait", "with VACE"), ("Face from a picture,", "motion from a video"), "self-forcing", 81,
+                          caches=(SHORT,)),
+    "live_camera": Card(("LIVE",), ("A camera in a picture", "Frame by frame"), "live", rows=stream_pictures.live_camera),
 }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from example_streams import FIRST, OTHER_COLOUR, SECOND
 from examples_long import LONG
+from forcing_pack.forcing_core.live.camera_path import PRESETS, draw, preset_path
 from forcing_pack.forcing_core.micro import bundle
 from forcing_pack.forcing_core.micro.source import MicroSource
 from forcing_pack.forcing_core.noise import BlockNoise
@@ -49,6 +50,12 @@ def latents(captions, frames, draws, given=None, **more):
 
 def pictures(made):
     return [*MicroSource().decoder()(made)]
+
+
+def live_camera():
+    """Twelve ways of a camera, from above."""
+    drawn = [(draw(preset_path(move, 32), 256, 128)[:, :128] * 255).byte().numpy() for move in list(PRESETS)[:12]]
+    return [drawn[row:row + 4] for row in range(0, 12, 4)]
 
 
 def endless_stream():
