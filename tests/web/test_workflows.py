@@ -27,11 +27,12 @@ FRAMES = {"hello": 21, "self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 2
           "longlive_60s_prompts": 240, "multi_scene_story": 81, "rolling_forcing_30s": 120, "reward_forcing_60s": 240,
           "deep_forcing_60s": 240, "compare_long_self_forcing": 60, "compare_micro": 42,
           "endless_stream": 42, "resume_and_branch": 42, "video_continuation": 33, "restyle_video": 21, "live_camera": 21,
-          "knot_reference": 21, "sparse_micro": 21, "portrait_micro": 42, "portrait_vace": 81}
+          "knot_reference": 81, "sparse_micro": 21, "portrait_micro": 42, "portrait_vace": 81}
 NAMES = sorted(FRAMES)
 # Decoding 30 s takes minutes on a CPU: 14 blocks, or 10, are still more than any window.
 SHORTER = {**dict.fromkeys(("longlive_30s", "longlive_60s_prompts", "multi_scene_story", "rolling_forcing_30s",
-                            "reward_forcing_60s", "deep_forcing_60s"), (10.0, 42)), "compare_long_self_forcing": (7.5, 30)}
+                            "reward_forcing_60s", "deep_forcing_60s"), (10.0, 42)), "compare_long_self_forcing": (7.5, 30),
+           "knot_reference": (42, 42)}
 # run as they are, with the bundled model
 BUNDLED = ("hello", "compare_micro", "endless_stream", "resume_and_branch", "video_continuation", "restyle_video",
            "sparse_micro", "portrait_micro")
@@ -138,7 +139,7 @@ def slots(name, declared):
     if not isinstance(kind, list) and kind not in WIDGETS:
         return []
     return [name, *["control_after_generate"] * bool(options.get("control_after_generate")),
-            *["upload"] * bool(options.get("image_upload"))]
+            *["upload"] * bool(options.get("image_upload") or options.get("video_upload"))]
 
 
 def values_of(node, schemas):
