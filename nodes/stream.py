@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable
 
 import comfy.model_management as mm
 import comfy.sampler_helpers
 import comfy.utils
 import folder_paths
-import latent_preview
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
@@ -32,6 +33,7 @@ from .sampler import PURE_NOISE, CausalSampler, given_frames
 from .snapshot import Snapshots, StreamSnapshots
 
 log = logging.getLogger(__name__)
+PROGRESS_SECONDS = 0.5
 
 
 class StreamSampler(CausalSampler):
@@ -232,10 +234,24 @@ def _beside(path: Path, recorder: Recorder) -> None:
     log.info("The log of this stream is in %s: it is too long for the video's metadata.", place)
 
 
+def _seldom(steps: int) -> Callable:
+    """A sampler's callback that moves the bar twice a second. No previews: the panel shows the finished frames, and a page
+    that redraws its graph for every step of a fast model has no time left for its user."""
+    bar, shown = comfy.utils.ProgressBar(steps), -PROGRESS_SECONDS
+
+    def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= PROGRESS_SECONDS:
+            shown = now
+            bar.update_absolute(step + 1, total)
+    return callback
+
+
 def _run(guider, how: StreamSampler, start: Tensor, sigmas: Tensor, mask: Tensor | None, seed: int, sink: VideoSink) -> None:
     """One run as Sampler Custom Advanced makes it. An interrupt ends it; only before the first frame it is passed on."""
-    callback = latent_preview.prepare_callback(guider.model_patcher, sigmas.shape[-1] - 1)
     try:
+        callback = _seldom(sigmas.shape[-1] - 1)
         guider.sample(torch.zeros_like(start), start, how, sigmas, denoise_mask=mask, callback=callback,
                       disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
     except mm.InterruptProcessingException:

@@ -225,10 +225,17 @@ def test_a_track_of_prompts_runs_in_an_endless_video(monkeypatch, run):
 
 def test_progress_of_an_endless_video_is_that_of_a_block(monkeypatch, run):
     seen = []
-    monkeypatch.setattr(stream.latent_preview, "prepare_callback", lambda *_: lambda step, x0, x, n: seen.append((step, n)))
+    monkeypatch.setattr(stream.comfy.utils.ProgressBar, "update_absolute",
+                        lambda bar, value, total=None, preview=None: seen.append((value, total, preview)))
+    monkeypatch.setattr(stream, "PROGRESS_SECONDS", 0.0)
     stop_after(monkeypatch, 30)
     run(0.0)
-    assert {n for _, n in seen} == {3} and {step for step, _ in seen} == {0, 1, 2}
+    assert set(seen) == {(1, 3, None), (2, 3, None), (3, 3, None)}
+    asked, seen[:] = len(seen), []
+    monkeypatch.setattr(stream, "PROGRESS_SECONDS", 3600.0)
+    stop_after(monkeypatch, 30)
+    run(0.0)
+    assert len(seen) == 1 < asked  # the page is not told of every step
 
 
 def test_cancel_before_the_first_block_is_a_cancel(monkeypatch, run, tmp_path):
