@@ -8,7 +8,7 @@ from ..forcing_core import plan_view
 from ..forcing_core.errors import ForcingError
 from .cache_inputs import options_of, policy_input
 from .common import CATEGORY, Cache
-from .host import element_size, shape_of
+from .host_memory import element_size, shape_of
 from .sampler import CausalSampler, given_frames
 
 

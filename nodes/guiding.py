@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..forcing_core.errors import ForcingError
 from .common import CATEGORY
-from .host import KEY, reserve
+from .host_memory import KEY, reserve
 
 
 class CausalGuider(comfy.samplers.CFGGuider):

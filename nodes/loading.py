@@ -17,7 +17,7 @@ from ..forcing_core import checkpoints
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.presets import get
 from .common import CATEGORY, SYSTEMS
-from .host import KEY, reserve
+from .host_memory import KEY, reserve
 
 log = logging.getLogger(__name__)
 AUTO, NONE = "auto", "none"

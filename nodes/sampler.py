@@ -24,18 +24,10 @@ from ..forcing_core.schedule import Level
 from ..forcing_core.solvers import SOLVERS
 from ..forcing_core.streaming import ENDLESS, EndlessBlocks
 from ..forcing_core.track import schedule
-from .host import (
-    HostDenoiser,
-    exclusive,
-    make_room,
-    network,
-    out_of_memory,
-    refuse_partial_conditions,
-    run_bytes,
-    shape_of,
-    tracks_of,
-    whole_shape,
-)
+from .host import HostDenoiser
+from .host_conditioning import network
+from .host_memory import make_room, run_bytes, shape_of, tracks_of, whole_shape
+from .host_refusals import exclusive, out_of_memory, refuse_partial_conditions
 
 log = logging.getLogger(__name__)
 CYCLE = 64  # blocks after which all cost the same forwards, whatever the window

@@ -22,7 +22,7 @@ from ..forcing_core.rollout import RolloutState, Switch
 from ..forcing_core.saved import Saved, copied
 from ..forcing_core.streaming.recorder import Recorder
 from .common import CATEGORY
-from .host import model_fingerprint
+from .host_memory import model_fingerprint
 from .sampler import CausalSampler
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from ..forcing_core.errors import ForcingError
 from ..forcing_core.track import KINDS, SOFT_BLOCKS, Segment, Track
 from ..forcing_core.track_files import read_track
 from .common import CATEGORY
-from .host import TRACK
+from .host_memory import TRACK
 
 TRANSITION_TIP = ("What happens to memory where this prompt takes over. recache: rewritten under the new prompt, as LongLive "
                   "does it. keep: nothing but the text changes. soft: the text fades over some blocks. flush: only the sink "

@@ -26,12 +26,13 @@ from typing import ClassVar, Sequence
 import torch
 from torch import Tensor
 
+from ..described_store import DescribedStore, described_bytes
 from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import Rope
 from ..saved import Saved, Tree
-from ..store import Keys, Store, store_bytes
+from ..store import Keys
 from .base import CacheOptions
 from .window import Window, WindowOptions
 
@@ -99,10 +100,8 @@ class MemFlow:
         return MemFlowStore(layers, capacity, frame_tokens, keys, bank=self.options.sink, **variant)
 
     def store_bytes(self, *, layers: int, frame_tokens: int, dim: int, batch: int, element_size: int) -> int:
-        """As `store.store_bytes`, with the float32 mean key of every frame."""
-        return layers * self.capacity * batch * dim * 4 + store_bytes(
-            layers=layers, capacity=self.capacity, frame_tokens=frame_tokens, dim=dim, batch=batch,
-            element_size=element_size, keys=self.keys, storage=self.options.storage)
+        return described_bytes(self.capacity, layers=layers, frame_tokens=frame_tokens, dim=dim, batch=batch,
+                               element_size=element_size, keys=self.keys, storage=self.options.storage)
 
 
 def best(scores: Sequence[float], sources: Sequence[int], last: int, count: int) -> list[int]:
@@ -116,44 +115,21 @@ def best(scores: Sequence[float], sources: Sequence[int], last: int, count: int)
     return [chosen[frame] for frame in sorted(chosen)]
 
 
-class MemFlowStore(Store):
+class MemFlowStore(DescribedStore):
     """A store whose first `bank` held frames can be replaced, for one layer and one sample at a time.
 
-    means: layer -> [B, capacity, H, D] float32, mean raw keys. sources: (layer, sample) -> frames in the bank's places,
-    once they were chosen. last: first frame of the newest clean pass.
+    sources: (layer, sample) -> frames in the bank's places, once they were chosen. last: first frame of the newest clean
+    pass.
     """
 
     def __init__(self, *args, bank: int, **settings):
         super().__init__(*args, **settings)
         self.bank, self.last = bank, 0
-        self.means: dict[int, Tensor] = {}
         self.sources: dict[tuple[int, int], tuple[int, ...]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(means.nbytes for means in self.means.values())
 
     def clear(self) -> None:
         super().clear()
         self.sources.clear()
-
-    def free(self) -> None:
-        super().free()
-        self.means.clear()
-
-    def write(self, layer: int, frames: tuple[int, ...], raw: Tensor, roped: Tensor, v: Tensor) -> None:
-        super().write(layer, frames, raw, roped, v)
-        if layer not in self.means:
-            self.means[layer] = self._no_means(raw)
-
-    def _no_means(self, like: Tensor) -> Tensor:
-        batch, _, heads, head_dim = like.shape
-        return like.new_zeros(batch, self.capacity, heads, head_dim, dtype=torch.float32)
-
-    def describe(self, layer: int, frames: tuple[int, ...], raw: Tensor) -> None:
-        """Note the mean keys of these written frames; raw keys [B, len(frames) * tokens, H, D]."""
-        means = raw.unflatten(1, (len(frames), -1)).mean(dim=2, dtype=torch.float32)
-        self.means[layer][:, [self.slots[f] for f in frames]] = means
 
     def scores(self, layer: int, query: Tensor, slots: Sequence[int]) -> Tensor:
         """[B, len(slots)]: products of a query [B, H, D] with the mean keys of what lies there, over all heads."""
@@ -191,18 +167,15 @@ class MemFlowStore(Store):
 
     def state(self) -> Tree:
         tree = super().state() | {"last": self.last}
-        for layer, means in self.means.items():
-            chosen = {str(sample): list(frames) for (at, sample), frames in self.sources.items() if at == layer}
-            tree[f"bank {layer}"] = chosen | {"means": means[:, :self._used]}
+        for layer, sample in self.sources:
+            tree.setdefault(f"bank {layer}", {})[str(sample)] = list(self.sources[layer, sample])
         return tree
 
     def load(self, saved: Saved, like: Tensor) -> None:
         super().load(saved, like)
         self.last = saved.integer("last", 0, max(self.slots, default=0) + 1)
-        for layer in range(self.layers if self._used else 0):
+        for layer in filter(lambda layer: f"bank {layer}" in saved, range(self.layers)):
             part = saved.part(f"bank {layer}")
-            self.means[layer] = self._no_means(like)
-            part.fill("means", self.means[layer][:, :self._used])
             for sample in filter(lambda sample: str(sample) in part, range(like.shape[0])):
                 self.sources[layer, sample] = self._bank_of(part, str(sample))
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ..bias import Attention
 from ..codecs import Buffer, Codec, picked
+from ..described_store import DescribedStore, described_bytes
 from ..errors import ForcingError
 from ..passes import Pass
 from ..plan import Call, Plan
 from ..rope import Rope, rotate
-from ..saved import Saved, Tree
-from ..store import Keys, Store, store_bytes
+from ..store import Keys
 from .base import CacheOptions
 from .window import Window, WindowOptions
 
@@ -99,49 +99,12 @@ class Routing:
         return RoutedStore(layers, capacity, frame_tokens, keys, **variant)
 
     def store_bytes(self, *, layers: int, frame_tokens: int, dim: int, batch: int, element_size: int) -> int:
-        """As `store.store_bytes`, with the float32 description of every frame."""
-        return layers * self.capacity * batch * dim * 4 + store_bytes(
-            layers=layers, capacity=self.capacity, frame_tokens=frame_tokens, dim=dim, batch=batch,
-            element_size=element_size, keys=self.keys, storage=self.options.storage)
+        return described_bytes(self.capacity, layers=layers, frame_tokens=frame_tokens, dim=dim, batch=batch,
+                               element_size=element_size, keys=self.keys, storage=self.options.storage)
 
 
-class RoutedStore(Store):
-    """A store that can hand out other frames to every head. means: layer -> [B, capacity, H, D] float32."""
-
-    def __init__(self, *args, **variant):
-        super().__init__(*args, **variant)
-        self.means: dict[int, Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(means.nbytes for means in self.means.values())
-
-    def free(self) -> None:
-        super().free()
-        self.means.clear()
-
-    def write(self, layer: int, frames: tuple[int, ...], raw: Tensor, roped: Tensor, v: Tensor) -> None:
-        super().write(layer, frames, raw, roped, v)
-        if layer not in self.means:
-            self.means[layer] = self._no_means(raw)
-
-    def _no_means(self, like: Tensor) -> Tensor:
-        batch, _, heads, head_dim = like.shape
-        return like.new_zeros(batch, self.capacity, heads, head_dim, dtype=torch.float32)
-
-    def state(self) -> Tree:
-        return super().state() | {f"means {layer}": {"all": means[:, :self._used]} for layer, means in self.means.items()}
-
-    def load(self, saved: Saved, like: Tensor) -> None:
-        super().load(saved, like)
-        for layer in range(self.layers if self._used else 0):
-            self.means[layer] = self._no_means(like)
-            saved.part(f"means {layer}").fill("all", self.means[layer][:, :self._used])
-
-    def describe(self, layer: int, frames: tuple[int, ...], raw: Tensor) -> None:
-        """Note what these written frames are about; raw keys [B, len(frames) * tokens, H, D]."""
-        means = raw.unflatten(1, (len(frames), -1)).mean(dim=2, dtype=torch.float32)
-        self.means[layer][:, [self.slots[f] for f in frames]] = means
+class RoutedStore(DescribedStore):
+    """A store that can hand out other frames to every head."""
 
     def scores(self, layer: int, frames: list[int], q: Tensor) -> Tensor:
         """[B, n, H, len(frames)] of raw queries [B, n, H, D]."""

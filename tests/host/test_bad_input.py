@@ -12,7 +12,7 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.nodes.cache import ForcingPlanView
-from forcing_pack.nodes.host import shape_of
+from forcing_pack.nodes.host_memory import shape_of
 from forcing_pack.nodes.latents import ForcingEmptyLatent, ForcingExtend
 from forcing_pack.nodes.sampler import CausalSampler
 from forcing_pack.nodes.sampling import ForcingPreset, ForcingSigmas

@@ -14,7 +14,7 @@ from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.options import RolloutOptions
 from forcing_pack.forcing_core.policies import WindowOptions
 from forcing_pack.nodes.guiding import ForcingGuider
-from forcing_pack.nodes.host import announced_bytes, element_size, shape_of
+from forcing_pack.nodes.host_memory import announced_bytes, element_size, shape_of
 from forcing_pack.nodes.latents import ForcingExtend, ForcingStartImage
 from forcing_pack.nodes.loading import ForcingLoadCheckpoint
 from forcing_pack.nodes.sampler import CausalSampler

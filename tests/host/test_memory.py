@@ -10,7 +10,7 @@ import torch
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.options import RolloutOptions
 from forcing_pack.forcing_core.policies import WindowOptions
-from forcing_pack.nodes import host
+from forcing_pack.nodes import host_memory
 from forcing_pack.nodes.cache import ForcingPlanView
 from forcing_pack.nodes.loading import prepared
 from forcing_pack.nodes.sampler import CausalSampler
@@ -180,16 +180,16 @@ class Device:
 def test_room_is_made_where_nothing_was_reserved(monkeypatch, free, done):
     """Core's guider with a MODEL from core's loader: other models go first, then part of the weights."""
     device = Device(monkeypatch, free)
-    host.make_room(basic_guider(plain()), 1000)
+    host_memory.make_room(basic_guider(plain()), 1000)
     assert device.done == done
 
 
 def test_room_is_not_made_twice(monkeypatch):
     """After a reservation the room is there, even if it does not look so to a caching allocator."""
     device, guide = Device(monkeypatch, 600), guider(plain())
-    host.add_wrapper_with_key(host.WrappersMP.PREPARE_SAMPLING, host.KEY, None, guide.model_options,
+    host_memory.add_wrapper_with_key(host_memory.WrappersMP.PREPARE_SAMPLING, host_memory.KEY, None, guide.model_options,
                               is_model_options=True)
-    host.make_room(guide, 1000)
+    host_memory.make_room(guide, 1000)
     assert device.done == []
 
 

@@ -21,7 +21,7 @@ from forcing_pack.forcing_core.options import from_preset, sigmas_of
 from forcing_pack.forcing_core.presets import get
 from forcing_pack.forcing_core.standalone import make_denoiser, preset_rollout, window_options
 from forcing_pack.nodes import micro
-from forcing_pack.nodes.host import KEY
+from forcing_pack.nodes.host_memory import KEY
 from forcing_pack.nodes.sampler import CausalSampler
 from forcing_testkit import hostkit as kit
 from forcing_testkit.micro import random_bundle, trained

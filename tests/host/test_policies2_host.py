@@ -8,7 +8,7 @@ from forcing_pack.forcing_core.policies import BoundedOptions, MergingOptions, R
 from forcing_pack.forcing_core.rollout import block_rollout
 from forcing_pack.forcing_core.standalone import make_denoiser
 from forcing_pack.forcing_core.wan import WanConfig, WanModel
-from forcing_pack.nodes import host
+from forcing_pack.nodes import host_memory
 from forcing_testkit import hostkit, tiny
 
 FRAMES = 12
@@ -47,4 +47,4 @@ def test_reserved_bytes_are_allocated(cache, monkeypatch):
     seen, options = hostkit.watch_stores(monkeypatch), RolloutOptions(cache=cache)
     run(cache)
     guide = hostkit.guider(hostkit.plain())
-    assert max(held.nbytes for held in seen) == host.run_bytes(guide, options, (1, tiny.CHANNELS, FRAMES, *hostkit.SIZE))
+    assert max(held.nbytes for held in seen) == host_memory.run_bytes(guide, options, (1, tiny.CHANNELS, FRAMES, *hostkit.SIZE))

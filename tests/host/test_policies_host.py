@@ -8,7 +8,7 @@ from forcing_pack.forcing_core.policies import DeepCompressOptions, DeepSinkOpti
 from forcing_pack.forcing_core.presets import get
 from forcing_pack.forcing_core.standalone import make_denoiser, preset_rollout
 from forcing_pack.forcing_core.wan import WanConfig, WanModel
-from forcing_pack.nodes import host
+from forcing_pack.nodes import host_memory
 from forcing_pack.nodes.cache import ForcingPlanView
 from forcing_pack.nodes.sampler import CausalSampler
 from forcing_pack.nodes.sampling import ForcingPreset
@@ -44,8 +44,8 @@ def test_a_preset_gives_what_it_gives_without_comfyui(system, monkeypatch):
     clip = hostkit.run(plain(), made, frames, sigmas=sigmas.tolist())
     expected, denoiser = standalone(system, frames)
     assert relative(clip.latents, expected) <= 1e-5
-    shape = host.shape_of(plain().model, (1, 16, frames, *hostkit.SIZE))
-    announced = host.announced_bytes(made.rollout, shape, 4)
+    shape = host_memory.shape_of(plain().model, (1, 16, frames, *hostkit.SIZE))
+    announced = host_memory.announced_bytes(made.rollout, shape, 4)
     assert seen[-1].nbytes == announced == denoiser.conditions[0].memory.store.nbytes
     assert len(clip.ticks) == denoiser.forwards
 
@@ -55,13 +55,13 @@ def test_guidance_and_a_batch_have_memories_of_their_own(system, monkeypatch):
     """Both sides of guidance choose and blend for themselves; a batch of two is announced as such."""
     _, frames = SYSTEMS[system]
     made, _ = ForcingPreset.execute(system).result
-    how = CausalSampler(host.RolloutOptions(cache=made.rollout.cache))
+    how = CausalSampler(host_memory.RolloutOptions(cache=made.rollout.cache))
     seen = hostkit.watch_stores(monkeypatch)
     guide = hostkit.guider(plain(), text(1), text(2), cfg=2.0)
     clip = hostkit.run(guide, how, frames, batch=2, sigmas=TWO_STEPS)
     assert bool(torch.isfinite(clip.latents).all()) and hostkit.gap(clip.latents[0], clip.latents[1]) > 0.1
-    shape = host.shape_of(plain().model, (2, 16, frames, *hostkit.SIZE))
-    assert seen[-1].nbytes == host.announced_bytes(how.rollout, shape, 4, conditions=2)
+    shape = host_memory.shape_of(plain().model, (2, 16, frames, *hostkit.SIZE))
+    assert seen[-1].nbytes == host_memory.announced_bytes(how.rollout, shape, 4, conditions=2)
 
 
 @by_system
@@ -70,5 +70,5 @@ def test_the_plan_view_node_draws_it(system, monkeypatch, tmp_path):
     made, _ = ForcingPreset.execute(system).result
     _, frames = SYSTEMS[system]
     image, words, count = ForcingPlanView.execute(plain(), made, {"samples": hostkit.latent(frames)}, 1).result
-    shape = host.shape_of(plain().model, (1, 16, frames, *hostkit.SIZE))
-    assert count == host.announced_bytes(made.rollout, shape, 4) and "KV store" in words and image.shape[3] == 3
+    shape = host_memory.shape_of(plain().model, (1, 16, frames, *hostkit.SIZE))
+    assert count == host_memory.announced_bytes(made.rollout, shape, 4) and "KV store" in words and image.shape[3] == 3

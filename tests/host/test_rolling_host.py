@@ -10,7 +10,7 @@ from forcing_pack.forcing_core.policies import RollingOptions
 from forcing_pack.forcing_core.rollout import rolling_rollout
 from forcing_pack.forcing_core.standalone import make_denoiser
 from forcing_pack.forcing_core.wan import WanConfig, WanModel
-from forcing_pack.nodes import host
+from forcing_pack.nodes import host, host_memory
 from forcing_pack.nodes.cache import ForcingPlanView
 from forcing_pack.nodes.sampler import CausalSampler
 from forcing_pack.nodes.sampling import ForcingPreset
@@ -131,8 +131,8 @@ def test_the_stores_are_as_large_as_announced(monkeypatch):
     sizes, free = [], host.HostDenoiser.free
     monkeypatch.setattr(host.HostDenoiser, "free", lambda self: sizes.append(self.nbytes) or free(self))
     sample(plain(), CausalSampler(small()), 16, sigmas=THREE)
-    shape = host.shape_of(plain().model, (1, 16, 16, *hostkit.SIZE))
-    assert sizes == [host.announced_bytes(small(), shape, 4)] == [2 * tiny.LAYERS * 11 * 6 * tiny.DIM * 4]
+    shape = host_memory.shape_of(plain().model, (1, 16, 16, *hostkit.SIZE))
+    assert sizes == [host_memory.announced_bytes(small(), shape, 4)] == [2 * tiny.LAYERS * 11 * 6 * tiny.DIM * 4]
 
 
 def test_finished_blocks_survive_a_failure(monkeypatch):

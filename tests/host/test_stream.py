@@ -23,7 +23,7 @@ from forcing_pack.forcing_core.policies import RollingOptions, WindowOptions
 from forcing_pack.forcing_core.streaming import DecodeStream, EncodeStream, VideoSink
 from forcing_pack.forcing_core.track import Segment, Track
 from forcing_pack.nodes import stream
-from forcing_pack.nodes.host import TRACK
+from forcing_pack.nodes.host_memory import TRACK
 from forcing_pack.nodes.latents import with_given
 from forcing_pack.nodes.sampler import CausalSampler
 from forcing_pack.nodes.stream import ForcingStream

@@ -11,7 +11,7 @@ from forcing_pack.forcing_core.plan import layout
 from forcing_pack.forcing_core.policies import WindowOptions
 from forcing_pack.forcing_core.rollout import ROLLOUTS, Switch, block_rollout
 from forcing_pack.forcing_core.wan import WanConfig, WanModel
-from forcing_pack.nodes import host
+from forcing_pack.nodes import host_memory
 from forcing_pack.nodes.guiding import ForcingGuider
 from forcing_pack.nodes.sampler import CausalSampler
 from forcing_pack.nodes.track import ForcingPromptSegment, ForcingPromptTrack
@@ -142,8 +142,8 @@ def test_progress_counts_the_recache():
 def test_the_replay_is_reserved(monkeypatch, transition, frames):
     """ComfyUI is asked for activations of the window where one forward replays it, else of a block."""
     asked = []
-    reserving = host._reserving
-    monkeypatch.setattr(host, "_reserving", lambda extra, count: asked.append(count) or reserving(extra, count))
+    reserving = host_memory._reserving
+    monkeypatch.setattr(host_memory, "_reserving", lambda extra, count: asked.append(count) or reserving(extra, count))
     made(guider(plain(), tracked(transition)))
     assert asked == [frames]
 
@@ -200,7 +200,7 @@ class Words:
 
 def test_script_becomes_conditioning():
     cond, = ForcingPromptTrack.execute(Words(), "0 | one\n0:05 | cut | two words\n10 three words here", "soft", 5).result[0]
-    track = cond[1][host.TRACK]
+    track = cond[1][host_memory.TRACK]
     assert cond[0] is track.segments[0].prompt and cond[0][0, 0, 0] == 1
     assert [(s.start, s.transition, s.blocks, float(s.prompt[0, 0, 0])) for s in track.segments] == [
         (0, "soft", 5, 1), (5, "cut", 5, 2), (10, "soft", 5, 3)]
@@ -208,22 +208,22 @@ def test_script_becomes_conditioning():
 
 def test_the_default_script_is_a_good_one():
     script = next(i for i in ForcingPromptTrack.define_schema().inputs if i.id == "script").default
-    assert len(ForcingPromptTrack.execute(Words(), script, "recache").result[0][0][1][host.TRACK].segments) == 3
+    assert len(ForcingPromptTrack.execute(Words(), script, "recache").result[0][0][1][host_memory.TRACK].segments) == 3
 
 
 def test_a_chain_equals_a_script():
     chain = then(then(text(), 1, 5.0, "cut"), 2, 10.0, "soft", 6)
-    segments = chain[0][1][host.TRACK].segments
+    segments = chain[0][1][host_memory.TRACK].segments
     assert [(s.start, s.transition, s.blocks) for s in segments] == [(0, "recache", 4), (5.0, "cut", 2), (10.0, "soft", 6)]
     assert all(torch.equal(s.prompt, text(n)[0][0]) for n, s in enumerate(segments))
-    assert host.TRACK not in text()[0][1]  # the prompt that went in is as it was
+    assert host_memory.TRACK not in text()[0][1]  # the prompt that went in is as it was
 
 
 def test_a_script_can_be_continued_by_segments():
     script = ForcingPromptTrack.execute(Words(), "0 | one\n5 | two words", "recache").result[0]
     longer = ForcingPromptSegment.execute(script, [[torch.zeros(1, 4, 8), {}]], 8.0, "cut").result[0]
-    assert [s.start for s in longer[0][1][host.TRACK].segments] == [0, 5, 8.0]
-    assert len(script[0][1][host.TRACK].segments) == 2
+    assert [s.start for s in longer[0][1][host_memory.TRACK].segments] == [0, 5, 8.0]
+    assert len(script[0][1][host_memory.TRACK].segments) == 2
 
 
 @pytest.mark.parametrize("make, words", [

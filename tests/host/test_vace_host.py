@@ -4,28 +4,15 @@ import torch
 from forcing_pack.forcing_core.conditioning import Held, Streamed
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.policies import WindowOptions
-from forcing_pack.nodes.host import announced_bytes, element_size, shape_of
 from forcing_pack.nodes.host_conditioning import SOURCES
+from forcing_pack.nodes.host_memory import announced_bytes, element_size, shape_of
 from forcing_testkit import densekit, hostkit, tiny
 from forcing_testkit.hostkit import SIZE, TWO_STEPS, guider, sample, sampler, text
+from forcing_testkit.tiny_vace import vace_state
 from safetensors.torch import save_file
 
 FRAMES = 9
 EXACT = {"block": 3, "noise": "comfy"}  # with which the time embedding is computed as ComfyUI computes it
-
-
-def vace_state(layers=1, seed=5):
-    """Random control blocks of the tiny network."""
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {name: tensor.shape for name, tensor in hostkit.weights().items() if name.startswith("blocks.0.")}
-    state = {f"vace_{name.replace('blocks.0', f'blocks.{layer}')}": tiny._values(name, shape, draw)
-             for layer in range(layers) for name, shape in shapes.items()}
-    square = (tiny.DIM, tiny.DIM)
-    for name in ["vace_blocks.0.before_proj", *(f"vace_blocks.{layer}.after_proj" for layer in range(layers))]:
-        state |= {f"{name}.weight": 0.5 * tiny._values("x.weight", square, draw), f"{name}.bias": torch.zeros(tiny.DIM)}
-    state["vace_patch_embedding.weight"] = tiny._values("x.weight", (tiny.DIM, 96, 1, 2, 2), draw)
-    state["vace_patch_embedding.bias"] = torch.zeros(tiny.DIM)
-    return state
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["a block behind layer 0", "a block behind every layer"])

@@ -140,7 +140,7 @@ def check_core(state: dict, runs: int) -> None:
 
 def check_window(rig: Rig, total: int, **cache) -> None:
     """Time a block early and late, and bytes, under a window."""
-    from forcing_pack.nodes import host
+    from forcing_pack.nodes import host, host_memory
     sampler = causal_sampler(cache=window(**cache))
     taken = []
     plain = host.HostDenoiser.free
@@ -149,8 +149,8 @@ def check_window(rig: Rig, total: int, **cache) -> None:
     host.HostDenoiser.free = plain
     blocks = [b - a for a, b in zip(marks[4::5], marks[9::5])]
     half = len(blocks) // 2
-    shape = host.shape_of(rig.model.model, out.shape)
-    announced = host.announced_bytes(sampler.rollout, shape, host.element_size(rig.model))
+    shape = host_memory.shape_of(rig.model.model, out.shape)
+    announced = host_memory.announced_bytes(sampler.rollout, shape, host_memory.element_size(rig.model))
     report(f"{total} frames under {cache}", seconds=seconds, early_block=sorted(blocks[4:half])[(half - 4) // 2],
            late_block=sorted(blocks[half:])[len(blocks[half:]) // 2], store_gb=max(taken) / 1e9,
            announced_gb=announced / 1e9, exact=max(taken) == announced, peak_gb=peak_gb(),
@@ -160,7 +160,7 @@ def check_window(rig: Rig, total: int, **cache) -> None:
 def check_variants(rig: Rig, total: int) -> None:
     """Quantised and offloaded stores: how far the latents move, time, and bytes. Offloaded ones have to give the same
     bits every time: a copy that comes late, or a buffer that is reused too soon, shows as a difference."""
-    from forcing_pack.nodes import host
+    from forcing_pack.nodes import host, host_memory
     taken, resident = [], {}
     plain = host.HostDenoiser.free
 
@@ -174,8 +174,8 @@ def check_variants(rig: Rig, total: int) -> None:
             sampler = causal_sampler(cache=window(9, sink=3, positions="relative", store=store, offload=offloaded))
             runs = [rig.run(sampler, total) for _ in range(3 if offloaded else 1)]
             out, base = runs[-1][0], resident.setdefault("model", runs[-1][0])
-            announced = host.announced_bytes(sampler.rollout, host.shape_of(rig.model.model, out.shape),
-                                             host.element_size(rig.model))
+            announced = host_memory.announced_bytes(sampler.rollout, host_memory.shape_of(rig.model.model, out.shape),
+                                             host_memory.element_size(rig.model))
             report(f"{total} frames, store {store}{', offloaded' * offloaded}", seconds=runs[-1][1], peak_gb=peak_gb(),
                    store_gb=max(taken)[0] / 1e9, host_gb=max(taken)[1] / 1e9, exact=max(taken)[0] == announced,
                    relative=float((out - base).norm() / base.norm()),
