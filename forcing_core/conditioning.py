@@ -24,6 +24,21 @@ class Source(Protocol):
     def read(self, first: int, count: int) -> Tensor: ...
 
 
+class Reader(Protocol):
+    """`of(first, count, prompt)`: per-frame values of one run under the prompt [1, n, d] that rules. They are asked for in
+    order, several times each; what lies before the newest ones is to be as it was."""
+
+    def of(self, first: int, count: int, prompt: Tensor) -> Tensor: ...
+
+
+class Directed(Protocol):
+    """A source that follows the prompt. `frames`: as of a `Source`. `begin()`: a reader for one run."""
+
+    frames: int
+
+    def begin(self) -> Reader: ...
+
+
 @dataclass(frozen=True)
 class Held:
     """A tensor in memory. dim: its axis of latent frames."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Sequence
 import torch
 from torch import Tensor
 
+from .graphs import Graphs
 from .joined import Frames, can_join, join
 from .memory import Memory
 from .passes import Exchange
@@ -83,6 +84,7 @@ class NetworkDenoiser:
     dtype: torch.dtype = torch.float32
     forwards: int = 0
     segment: int = 0  # number of the prompt that rules, or takes over
+    graphs: Graphs | None = None  # what stands for `forward`
 
     def __call__(self, x: Tensor, levels: Sequence[Level], first: int, phase: Phase) -> Tensor | None:
         velocities = [self._velocity(c, x, levels, first, phase) for c in self.conditions]
@@ -163,5 +165,6 @@ class NetworkDenoiser:
     @torch.no_grad()
     def _forward(self, condition: Condition, x: Tensor, levels: Sequence[Level], memory: Exchange) -> Tensor | None:
         self.forwards += 1
-        timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
-        return forward(self.net, x.to(self.dtype), timesteps, condition.text, memory, self.ops)
+        timesteps = condition.text.times.steps(levels, x)
+        run = self.graphs or forward
+        return run(self.net, x.to(self.dtype), timesteps, condition.text, memory, self.ops)

@@ -4,12 +4,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Sequence
 
+from .accelerate import way
 from .errors import ForcingError
 from .plan import Block, layout
 from .policies import KINDS, ReferenceOptions, WindowOptions
 from .presets import POLICIES, Preset
 from .rollout.knot import Knot
 from .schedule import Level, levels, unipc_levels
+from .solvers import euler_levels
 from .sparse import Sparse
 
 # How a sigma of the graph becomes the timestep that the network is told.
@@ -19,6 +21,7 @@ TIMESTEPS = {
     "floor": lambda sigma: float(int(1000.0 * sigma)),  # the many-step teacher
 }
 SAME_SIGMA = 2e-3
+COUNTED = {"unipc": unipc_levels, "euler": euler_levels}  # solver -> levels of so many steps, under a shift
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class RolloutOptions:
     that the chosen system was trained on; others are refused. guided: made for classifier-free guidance.
     keep_on_interrupt: return finished blocks when the user interrupts. knot: latent frames that neighbouring blocks share.
     joined: make the clean pass of a block and the first noisy one of the next in one forward, where the memory allows it.
-    sparse: attention to a part of what is remembered.
+    sparse: attention to a part of what is remembered. accelerate: key of `accelerate.WAYS`.
 
-    Raises ForcingError for a knot that does not go with the rest.
+    Raises ForcingError for a knot that does not go with the rest, and for a way to accelerate that there is not.
     """
 
     system: str = ""
@@ -51,8 +54,10 @@ class RolloutOptions:
     knot: Knot = Knot()
     joined: bool = False
     sparse: Sparse = Sparse()
+    accelerate: str = "off"
 
     def __post_init__(self):
+        way(self.accelerate)
         # the policy plans in blocks of the sampler, whatever the cache node was built for
         object.__setattr__(self, "cache", replace(self.cache, block=self.block))
         self.knot.check(self.cache, self.noise)
@@ -70,8 +75,8 @@ class RolloutOptions:
 
 def levels_of(preset: Preset) -> tuple[Level, ...]:
     """Levels of every block of a preset, noisiest first."""
-    if preset.solver == "unipc":
-        return unipc_levels(preset.step_count, preset.shift)
+    if preset.solver in COUNTED:
+        return COUNTED[preset.solver](preset.step_count, preset.shift)
     return levels(preset.steps, preset.shift, preset.warp)
 
 

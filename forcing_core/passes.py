@@ -5,6 +5,7 @@ never learns which policy made it.
 """
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .plan import Call, Plan
-from .rope import Rope, rotate
+from .rope import HeadTable, Rope, rotate
 from .store import Store
+from .stretch import stretch_of
 
 
 class Exchange(Protocol):
@@ -50,6 +52,18 @@ class Pass:
         self._turn = self.rope.table(self.plan.query)
         self._kept = [self.call.span.index(frame) for frame in self.plan.write]
         self.store.place(self.plan)
+        self._stretch = stretch_of(self.plan, self.call, self.store, self._turn) if type(self) is Pass else None
+
+    @property
+    def turn(self) -> Tensor | HeadTable:
+        """Rotation of the call's frames."""
+        return self._turn
+
+    def over(self, store: Store, rope: Rope, turn: Tensor) -> Pass:
+        """The same pass over another bookkeeping of the same buffers, with these tables."""
+        other = copy.copy(self)
+        other.store, other.rope, other._turn = store, rope, turn
+        return other
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -57,14 +71,24 @@ class Pass:
         return (*self.store.order(self.plan.read), *self.plan.own)
 
     def exchange(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        if self._stretch is not None and not torch.is_grad_enabled():
+            found = self._stretch.exchange(self.store, layer, self._turn, q, k, v)
+            if layer == self.store.layers - 1:
+                self.store.settle(self.plan)
+            return found
         roped = rotate(k, self._turn)
         if self.plan.write:
             self.store.write(layer, self.plan.write, *(self._clip(t, self._kept) for t in (k, roped, v)))
+        return self.met(layer, None if q is None else rotate(q, self._turn), roped, v)
+
+    def met(self, layer: int, q: Tensor | None, roped: Tensor | None, v: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What comes behind writing: rotated q, and the keys and values to attend to. roped: rotated keys of the call's
+        frames, only looked at where the plan has `own` ones."""
         self.store.align(layer, self.plan, self.rope)
-        keys, values = (k, v) if q is None else self._read(layer, roped, v)
+        keys, values = (roped, v) if q is None else self._read(layer, roped, v)
         if layer == self.store.layers - 1:
             self.store.settle(self.plan)
-        return None if q is None else rotate(q, self._turn), keys, values
+        return q, keys, values
 
     def _read(self, layer: int, roped: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stored frames, then the call's own ones that are attended to without being stored."""

@@ -45,6 +45,7 @@ POLICIES = {
     "rolling_sink": None,
     "relax": None,
     "memflow": None,
+    "per_step": None,
     "knot": "its weights are not public; Forcing Knot adds its knots and its reference to other systems",
     "sliding": "it is no Wan 2.1 model: the Forcing LIVE nodes run it",
 }
@@ -307,6 +308,18 @@ _ROWS = (
             notes="At a prompt switch the frames that fit the new prompt best become the memory. The authors trained a LoRA "
                   "with it, whose place and licence are not known here; on Self Forcing weights only the mechanism is theirs. "
                   "Unverified: window and size of the bank, what the prompt is compared with, and the recache."),
+    Preset("live-avatar", "Live Avatar: a picture that speaks (Wan 2.2 S2V)", policy="per_step", window=12,
+           options=(("positions", "rebased"), ("limit", 45000), ("steps", 4), ("nearest", 1), ("farthest", 27)), steps=(),
+           solver="euler", step_count=4, shift=3.0, base="Wan2.2-S2V-14B", weights_key=FLAT,
+           files=(File("Comfy-Org/Wan_2.2_ComfyUI_Repackaged",
+                       "split_files/diffusion_models/wan2.2_s2v_14B_fp8_scaled.safetensors"),),
+           lora=File("Quark-Vision/Live-Avatar", "liveavatar.safetensors"), licence="Apache-2.0",
+           restrictions=VERIFY + "licences of base and LoRA as last seen", paper="2512.04677", code="Alibaba-Quark/LiveAvatar",
+           training_frames=12, fps=25,
+           notes="An S2V model with a LoRA (rank 128, alpha 64). Every step keeps a window of its own, no clean passes; the "
+                 "reference stays 4 to 30 frames behind the first frame of a block, drawn anew for every forward. Not here: "
+                 "the reference becoming the first frame made, after 12. ComfyUI cuts sound for 16 frames a second, the "
+                 "LoRA was trained with 25."),
     Preset("live", "LIVE (RealEstate10K)", policy="sliding", block=1, window=32, positions="relative", steps=(),
            solver="dpm", step_count=18, shift=3.0, base="LIVE DiT 774M", weights_key=FLAT,
            files=(File("junchaoh-cs/LIVE-Re10K", "live-re10k.ckpt", 10_436_804_929),

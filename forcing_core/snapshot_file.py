@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ForcingError
-from .files import whole
+from .files import sweep, whole
 
 DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
           "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}
@@ -39,6 +39,7 @@ def write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
     entries[CHECKSUM] = _entry("U8", (DIGEST,), at, at + DIGEST)
     header = json.dumps({"__metadata__": {KEY: text}, **entries}).encode()
     header += b" " * (-len(header) % 8)
+    sweep(path.parent, path.name.__eq__)
     with whole(path) as temporary, open(temporary, "wb") as file:
         digest = hashlib.sha256()
         for part in (len(header).to_bytes(8, "little"), header, *(_bytes_of(tensors[name]) for name in order)):

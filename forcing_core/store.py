@@ -76,6 +76,7 @@ class Store(Buffered):
     positions: dict[int, int] = field(default_factory=dict)
     storage: Storage = PLAIN
     newest: Store | None = field(init=False, repr=False, default=None)
+    stretches: dict = field(init=False, repr=False, default_factory=dict)  # layouts of passes, kept for `stretch.py`
     _data: list[Layer | None] = field(init=False, repr=False)
     _stages: Stages | None = field(init=False, repr=False, default=None)
     _used: int = field(init=False, repr=False, default=0)  # slots that ever held a frame are the first so many
@@ -114,6 +115,7 @@ class Store(Buffered):
     def free(self) -> None:
         """Forget every frame and drop the buffers."""
         self.clear()
+        self.stretches.clear()
         self._data, self._stages = [None] * self.layers, None
         if self.newest:
             self.newest.free()
@@ -159,6 +161,27 @@ class Store(Buffered):
         if mine:
             new = (t.unflatten(1, (-1, self.frame_tokens))[:, mine].flatten(1, 2) for t in new)
             self.newest.write(layer, tuple(frames[i] for i in mine), *new)
+
+    def buffers(self, layer: int, like: Tensor) -> Layer:
+        """Those of a layer where they live, for keys or values like [B, n, H, D]."""
+        return self._data[layer] or self._layer(layer, like)
+
+    def spots(self, layer: int, frames: tuple[int, ...], like: Tensor) -> tuple[Layer, list[tuple[int, int, int]]]:
+        """For who writes these placed frames without `write`: the buffers of the layer, and stretches (start, stop, slot) of
+        the frames that lie in neighbouring slots. Only for a `storage` that keeps numbers as they are, on the device."""
+        return self._layer(layer, like), [*self._runs(frames)]
+
+    def layout(self, plan: Plan) -> tuple:
+        """Which slots a placed plan writes and reads, and how it turns their keys: passes with the same layout do the same
+        to the buffers, whatever frames they are about."""
+        at = {Keys.ROPED: lambda f, p: None, Keys.RAW: lambda f, p: p,
+              Keys.BOTH: lambda f, p: None if self.positions.get(f, p) == p else p}[self.keys]
+        read = {f: (self.slots[f], at(f, p)) for f, p in zip(plan.read, plan.positions)}
+        return tuple(self.slots[f] for f in plan.write), tuple(read[f] for f in self.order(plan.read))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All buffers allocated now, where they live."""
+        return tuple(t for data in self._data if data for t in data.tensors())
 
     def align(self, layer: int, plan: Plan, rope: Rope) -> None:
         """Re-rotate the frames that the plan reads at another position than their rotated key has."""

@@ -37,7 +37,7 @@ def start_seconds(frame: int) -> float:
 class Segment:
     """One prompt. start: in seconds, or in latent frames where `frames` is true. prompt: anything.
     transition: one of KINDS, not used for the first prompt. blocks: of a soft transition, at least 2; the i-th of
-    n blocks takes i / n of the new prompt.
+    n blocks takes i / n of the new prompt. text: what the prompt was made of, where that is known; only to be shown.
     """
 
     start: float
@@ -45,6 +45,7 @@ class Segment:
     transition: str = "recache"
     blocks: int = SOFT_BLOCKS
     frames: bool = False
+    text: str = ""
 
     def __post_init__(self):
         if self.transition not in KINDS:

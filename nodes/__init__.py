@@ -5,12 +5,18 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .cache import ForcingCache, ForcingPlanView
+from .clips import ForcingClips
+from .driving import ForcingDrivingVideo, ForcingPortraitReference
 from .guiding import ForcingGuider
+from .idle import ForcingIdlePortrait
 from .knot import ForcingKnot
 from .latents import ForcingEmptyLatent, ForcingExtend, ForcingStartImage
 from .live import ForcingActionTrack, ForcingCameraPath, ForcingLiveCheckpoint, ForcingLiveSampler
+from .live_avatar import ForcingLiveAvatar
+from .live_stream import ForcingLiveStream
 from .loading import ForcingLoadCheckpoint
 from .micro import ForcingMicroModel
+from .micro_world import ForcingMicroWorld
 from .portrait import ForcingMicroPortrait
 from .restyle import ForcingRestyle
 from .routes import register
@@ -25,6 +31,7 @@ NODES: list[type[io.ComfyNode]] = [
     ForcingLoadCheckpoint,
     ForcingMicroModel,
     ForcingMicroPortrait,
+    ForcingIdlePortrait,
     ForcingPreset,
     ForcingSampler,
     ForcingSigmas,
@@ -36,13 +43,19 @@ NODES: list[type[io.ComfyNode]] = [
     ForcingStartImage,
     ForcingExtend,
     ForcingStartVideo,
+    ForcingPortraitReference,
+    ForcingDrivingVideo,
     ForcingKnot,
+    ForcingLiveAvatar,
+    ForcingClips,
     ForcingRestyle,
     ForcingSparse,
     ForcingLiveCheckpoint,
     ForcingCameraPath,
     ForcingActionTrack,
     ForcingLiveSampler,
+    ForcingLiveStream,
+    ForcingMicroWorld,
     ForcingStream,
     ForcingSnapshot,
     ForcingResume,

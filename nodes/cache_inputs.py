@@ -31,6 +31,7 @@ TITLES = {
     "rolling_sink": "Rolling Sink: the beginning of the video comes back in place of older frames. For Self Forcing weights",
     "relax": "Relax Forcing: a few frames, one of them an old one that is unlike the newest. For Self Forcing weights",
     "memflow": "MemFlow: at a change of prompt, the frames that fit the new one best are kept",
+    "per_step": "Live Avatar: a window for every denoising step, no clean passes. Needs its weights",
 }
 # kind -> fields in the order of their widgets, as in files of users: rows may only grow at their ends
 ORDER = {
@@ -49,6 +50,8 @@ ORDER = {
     "rolling_sink": ("window", "store", "offload", "dense"),
     "relax": ("sink", "history", "recent", "candidates", "reservoir", "novelty", "store", "offload", "dense"),
     "memflow": ("window", "top_k", "active", "compact", "store", "offload", "dense"),
+    "per_step": ("window", "sink", "positions", "limit", "compact", "jitter", "steps", "nearest", "farthest", "store",
+                 "offload", "dense"),
 }
 # Options that do not exist in a graph: the block size is the sampler's.
 HIDDEN = ("block",)
@@ -125,6 +128,10 @@ FIELDS = {
                                        "likeness to the sink counts.", advanced=True),
     "active": _int(0, 64, "Frames of the bank that a layer attends to, those that fit its queries best. 0: all.",
                    advanced=True),
+    "steps": _int(1, 32, "Denoising steps of a block: every one has a window of its own, so memory grows with them."),
+    "nearest": _int(1, 64, "Latent frames that the picture of an S2V model stands behind the newest frame, at least.",
+                    advanced=True),
+    "farthest": _int(1, 64, "The same at most: every forward draws between the two. 1 and 27 as published.", advanced=True),
     "radius": _int(0, 64, "How many rows and columns away a token may find its like.", advanced=True),
     "store": _combo(list(CODECS), "Numbers of the KV store: the model's own, or int8 / fp8 at half the memory and a small "
                                   "error.", advanced=True),
@@ -139,6 +146,7 @@ POSITIONS_TIP = ("Temporal positions of past frames. absolute: as trained, ends 
 # What suits most people better than the dataclass's own default.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "window": {"window": 12, "sink": 3, "positions": "relative"},
+    "per_step": {"positions": "rebased"},
 }
 NONE_IS_ZERO = ("window", "reuse_cap")  # 0 in the graph is None in the options
 

@@ -24,12 +24,14 @@ from ..forcing_core.options import RolloutOptions
 from ..forcing_core.plan import Phase
 from ..forcing_core.saved import Saved, Tree
 from ..forcing_core.schedule import Level
-from ..forcing_core.wan import Ops, TextState, blended, forward
+from ..forcing_core.wan import Ops, TextState, blended
+from .host_accelerate import Forwards
 from .host_audio import Audio
 from .host_conditioning import FrameConds, beside, check_extras, is_plain, network, text_of
 from .host_memory import KEY, Shape, compute_dtype, remembering
 from .host_ops import causal_ops
 from .host_refusals import PARTIAL, refuse_incompatible
+from .host_s2v import Views
 
 
 @dataclass
@@ -58,10 +60,13 @@ class HostDenoiser:
         # in place of that of a finished run on the same options, which would answer first
         wrappers.setdefault(WrappersMP.DIFFUSION_MODEL, {})[KEY] = [torch.compiler.disable(self._network)]
         net = network(self.guider.inner_model)
-        self._frames = FrameConds(lambda: (self.call[1], len(self.call[0])), net.out_dim)
+        self._frames = FrameConds(lambda: (self.call[1], len(self.call[0])), net.out_dim,
+                                  lambda cond: self._ruling(cond["uuid"], cond["model_conds"]["c_crossattn"].cond))
         self._frames.lay(self.guider, self.shape.frames)
         self._audio = Audio(model_options["transformer_options"], self._frames.now)
+        self._views, self._weights = Views(self.options), None
         kwargs = model_options.get("torch_compile_kwargs")
+        self._forwards = Forwards(self.options, self.guider.model_patcher, bool(kwargs))
         self._compile = functools.lru_cache(None)(functools.partial(torch.compile, **kwargs)) if kwargs else lambda f: f
 
     def __call__(self, x: Tensor, levels: tuple[Level, ...], first: int, phase: Phase) -> Tensor | None:
@@ -147,6 +152,8 @@ class HostDenoiser:
         """Drop every store and text cache."""
         self.memories.clear()
         self.texts.clear()
+        self._views.clear()
+        self._forwards.free()
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +170,10 @@ class HostDenoiser:
         return self.memories[key]
 
     def _text(self, net, key, context: Tensor, clip: Tensor | None) -> TextState:
+        weights = self.guider.model_patcher.patches_uuid
+        if self._weights != weights:  # what a text cached was made by those before, with another strength of a LoRA
+            self._weights = weights
+            self.texts.clear()
         if key not in self.texts:
             self.texts[key] = text_of(net, self._ruling(key, context), clip)
         return self.texts[key]
@@ -192,18 +203,20 @@ class HostDenoiser:
         ops = causal_ops(transformer_options, sinusoid, self._compile)
         keys = transformer_options["uuids"]
         clips = [None] * len(keys) if clip_fea is None else clip_fea.chunk(len(keys))
-        parts = []
+        parts, extra = [], {**extra, "context": context}
         for index, (key, part) in enumerate(zip(keys, x.chunk(len(keys)))):
             text = self._text(net, key, context.chunk(len(keys))[index], clips[index])
-            parts.append(self._condition(net, key, part, text, beside(net, index, len(keys), extra), ops))
+            parts.append(self._condition(net, key, part, text, beside(net, index, len(keys), extra), ops,
+                                         transformer_options))
         return torch.cat(parts)
 
-    def _condition(self, net, key, x: Tensor, text: TextState, side, ops: Ops) -> Tensor:
+    def _condition(self, net, key, x: Tensor, text: TextState, side, ops: Ops, transformer_options: dict) -> Tensor:
         levels, first, phase = self.call
-        timesteps = x.new_tensor([level.timestep for level in levels], dtype=torch.float32).expand(x.shape[0], -1)
+        timesteps = text.times.steps(levels, x)
         memory = self._memory(key, x.device)
         now = join(memory, *self.halves) if self.halves else memory.begin(first, x.shape[2], phase, _noisiest(levels))
-        velocity = forward(net, x, timesteps, text, now, ops, side)
+        velocity = self._forwards.run(net, x, timesteps, text, self._views.around(key, side, now, ops), ops, side,
+                                      transformer_options)
         if self.halves:  # ComfyUI wants an answer for every frame; that of the clean ones, at sigma 0, is not looked at
             velocity = torch.nn.functional.pad(velocity, (0, 0, 0, 0, x.shape[2] - velocity.shape[2], 0))
         return x.new_zeros(x.shape[0], net.out_dim, *x.shape[2:]) if velocity is None else _shares(velocity, levels)

@@ -16,6 +16,7 @@ from ..forcing_core.policies.base import storage_of
 from ..forcing_core.rollout import most_frames
 from ..forcing_core.snapshot import fingerprint
 from .host_conditioning import network, store_layers
+from .host_s2v import view_bytes
 
 KEY = "forcing"
 TRACK = "forcing_track"  # key of a condition: the prompt track that its first prompt belongs to
@@ -66,13 +67,9 @@ def announced_bytes(options: RolloutOptions, shape: Shape, element_size: int, co
                                      dim=shape.dim, batch=shape.batch, element_size=element_size)
 
 
-def count_conditions(guider) -> int:
-    """Conditions that get a store of their own: every positive one, the negative ones unless cfg is 1."""
-    return sum(len(conds) for conds in remembering(guider).values())
-
-
 def remembering(guider) -> dict[str, list]:
-    """Those conditions, by the side of guidance that they belong to."""
+    """Conditions that get a store of their own, by the side of guidance that they belong to: every positive one, the negative
+    ones unless cfg is 1."""
     always = guider.model_options.get("disable_cfg1_optimization", False)
     off = math.isclose(getattr(guider, "cfg", 1.0), 1.0) and not always
     conds = getattr(guider, "conds", {})
@@ -102,9 +99,9 @@ def model_fingerprint(patcher) -> str:
 
 def run_bytes(guider, options: RolloutOptions, latent_shape) -> int:
     """Bytes of all stores of a run under this guider, before it starts."""
-    patcher = guider.model_patcher
-    return announced_bytes(options, shape_of(patcher.model, latent_shape, guider), element_size(patcher),
-                           max(1, count_conditions(guider)))
+    patcher, conds = guider.model_patcher, sum(remembering(guider).values(), [])
+    shape, size = shape_of(patcher.model, latent_shape, guider), element_size(patcher)
+    return announced_bytes(options, shape, size, max(1, len(conds))) + view_bytes(network(patcher.model), conds, shape, size)
 
 
 def tracks_of(guider) -> dict:

@@ -17,14 +17,19 @@ def mutates_keys(transformer_options: dict) -> bool:
     return host_attention.optimized_attention.__name__ == "attention_sage" and sage_mutates_keys()
 
 
-def _attention(transformer_options: dict):
-    copy = mutates_keys(transformer_options)
+class _Attention:
+    """ComfyUI's attention as `Ops` has it."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = host_attention.optimized_attention(q.flatten(2), (k.clone() if copy else k).flatten(2), v.flatten(2),
-                                                 heads=q.shape[2], transformer_options=transformer_options)
-        return out.unflatten(2, (q.shape[2], -1))
-    return attend
+    def __init__(self, transformer_options: dict):
+        self._options, self._copy = transformer_options, mutates_keys(transformer_options)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.flat(q.flatten(2), k.flatten(2), v.flatten(2), q.shape[2]).unflatten(2, (q.shape[2], -1))
+
+    def flat(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        """[B, n, D] projections -> [B, n, D]."""
+        return host_attention.optimized_attention(q, k.clone() if self._copy else k, v, heads=heads,
+                                                  transformer_options=self._options)
 
 
 def _parameter(parameter: Tensor, like: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def _cross_attention(transformer_options: dict):
 def causal_ops(transformer_options: dict, sinusoid: torch.dtype, compile_with) -> Ops:
     """What the causal forward calls instead of torch: ComfyUI's attention, casts and patches."""
     patches = transformer_options.get("patches", {})
-    return Ops(attention=_attention(transformer_options), parameter=_parameter,
+    return Ops(attention=_Attention(transformer_options), parameter=_parameter,
                cross_attention=_cross_attention(transformer_options), around_block=_around_block(transformer_options),
                after_self_attention=_after(patches.get("attn1_patch", []), transformer_options),
                after_cross_attention=_after(patches.get("attn2_patch", []), transformer_options),

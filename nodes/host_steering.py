@@ -21,11 +21,12 @@ from .track import embedding_of
 class TextEncoder:
     """Text -> embedding [1, n, text_dim]. clip: a CLIP. patcher: of the diffusion model, or None.
 
-    background: whether it may be called from another thread while the model works. Its weights are loaded now.
+    background: whether it may be called from another thread while the model works. Its weights are loaded now. settle: called
+    before others are loaded.
     """
 
-    def __init__(self, clip, patcher=None):
-        self.clip, self.patcher, self._words = clip, patcher, threading.Lock()
+    def __init__(self, clip, patcher=None, settle: Callable[[], None] = lambda: None):
+        self.clip, self.patcher, self.settle, self._words = clip, patcher, settle, threading.Lock()
         own = getattr(clip, "patcher", None)
         self.background = own is not None and mm.is_device_cpu(own.load_device) and getattr(own, "forced_hooks", None) is None
         if self.background:
@@ -41,6 +42,8 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
         tokens = self.tokens(text)
+        if not self.background:
+            self.settle()
         try:
             return embedding_of(self.clip.encode_from_tokens_scheduled(tokens), "The new prompt").clone()
         except mm.InterruptProcessingException:
@@ -59,12 +62,12 @@ class TextEncoder:
 class LoraStrengths:
     """The LoRAs that are on a MODEL, and other strengths for them during one run. `restore` leaves it as it came.
 
-    room: bytes that loading has to leave free. now: name -> strength; ComfyUI does not keep their names, so they are called
-    "lora 1" and so on, in the order in which they were put on the MODEL.
+    room: bytes that loading has to leave free. settle: called before weights change. now: name -> strength; ComfyUI does not
+    keep their names, so they are called "lora 1" and so on, in the order in which they were put on the MODEL.
     """
 
-    def __init__(self, patcher, room: Callable[[], int] = lambda: 0):
-        self.patcher, self.room = patcher, room
+    def __init__(self, patcher, room: Callable[[], int] = lambda: 0, settle: Callable[[], None] = lambda: None):
+        self.patcher, self.room, self.settle = patcher, room, settle
         self._before = patcher.patches, patcher.patches_uuid
         self._names: dict[Any, str] = {}
         self.now: dict[str, float] = {}
@@ -91,6 +94,7 @@ class LoraStrengths:
         name = name or next(iter(self.now))
         if self.now[name] == strength:
             return
+        self.settle()
         self.now[name] = float(strength)
         changed = {key: [self._changed(entry) for entry in entries] for key, entries in self._before[0].items()}
         self._put(changed, uuid.uuid4())

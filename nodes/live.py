@@ -98,12 +98,13 @@ def sample(live: LiveModels, track: CameraPath | ActionTrack, image: Tensor, see
     rollout = live_rollout(live.network.model, drive, given, frames, noise, window=window, steps=steps, dtype=live.dtype)
     for _, latents in rollout:
         mm.throw_exception_if_processing_interrupted()
-        made.append(_pictures(autoencoder.decode(latents[0].movedim(0, 1))))
+        made.append(frames_of(autoencoder.decode(latents[0].movedim(0, 1))))
         progress.update(1)
     return torch.cat([part.to(mm.intermediate_device()) for part in made])
 
 
-def _pictures(decoded: Tensor) -> Tensor:
+def frames_of(decoded: Tensor) -> Tensor:
+    """[N, 3, H, W] of the autoencoder as IMAGE [N, H, W, 3]. Raises ForcingError for numbers that are none."""
     if not torch.isfinite(decoded).all():
         raise ForcingError("LIVE made a frame of NaN or infinite numbers. Load the checkpoint in bf16 or fp32.")
     return ((decoded.float() + 1) / 2).clamp(0, 1).movedim(1, -1)
@@ -122,13 +123,13 @@ class ForcingLiveCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input("checkpoint", options=checkpoints(),
                                tooltip="File in models/diffusion_models: live-re10k.ckpt, or a converted .safetensors. The "
-                                       "micro LIVE, where it was trained: a shape on 64x64 pixels that actions move."),
+                                       "micro LIVE, where its weights are: a shape on 64x64 pixels that keys move."),
                 io.Combo.Input("autoencoder", options=[INSIDE, *folder_paths.get_filename_list("vae")], default=INSIDE,
                                tooltip="vae-kl16.ckpt in models/vae for the published checkpoint. Converted files hold it."),
                 io.Combo.Input("dtype", options=["default", *DTYPES], default="default", advanced=True,
                                tooltip="Of the network. default is fp16, as the authors evaluate it, where the card has it."),
             ],
-            outputs=[Live.Output(display_name="live", tooltip="Connect to Forcing LIVE Sampler.")],
+            outputs=[Live.Output(display_name="live", tooltip="Connect to Forcing LIVE Sampler or Forcing LIVE Stream.")],
         )
 
     @classmethod

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..forcing_core.conditioning import Held
 from ..forcing_core.micro import face, portrait
 from ..forcing_core.micro.code import LinearCode
+from ..forcing_core.micro.code_stream import CodeStream
 from ..forcing_core.micro.temporal import SECOND
 from ..forcing_core.presets import get
 from . import micro
@@ -35,8 +36,13 @@ class CodeVAE(torch.nn.Module):
         return self.code.to(latents.device).decode(self.format.process_in(latents.float())).to(latents.dtype)
 
 
+    def stream(self) -> CodeStream:
+        """For Forcing Stream, which decodes block by block."""
+        return CodeStream(self.decode)
+
+
 def vae(code: LinearCode) -> comfy.sd.VAE:
-    """A VAE that VAE Encode and VAE Decode take; not one that can be streamed."""
+    """A VAE that VAE Encode, VAE Decode and Forcing Stream take."""
     made = micro.vae()
     made.first_stage_model = CodeVAE(code)
     made.patcher = comfy.model_patcher.ModelPatcher(made.first_stage_model, load_device=made.device,

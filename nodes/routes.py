@@ -3,6 +3,8 @@
     GET  /forcing/streams                    running streams and the last finished ones
     GET  /forcing/streams/{id}               the state of one
     POST /forcing/streams/{id}/commands      a command (`forcing_core.steering`) -> its number and earliest block
+    POST /forcing/streams/{id}/sound?rate&end  a piece of a voice, WAV or 16-bit mono PCM -> how much waits
+    GET  /forcing/streams/{id}/log           all commands that it carried out, for the replay input
     GET  /forcing/streams/{id}/frames?after  preview pictures, base64 JPEG
     GET  /forcing/streams/{id}/ws            states as they change; takes the same commands
 
@@ -23,21 +25,24 @@ from aiohttp import WSMsgType, web
 
 from ..forcing_core.errors import ForcingError
 from ..forcing_core.steering import Refused, read_command
+from ..forcing_core.streaming.ear import RATE, Full, pcm_of
 from ..forcing_core.streaming.live import OVER, Live
 
 log = logging.getLogger(__name__)
 LARGEST_BODY = 1 << 16  # bytes
+LARGEST_SOUND = 1 << 20
 FINISHED = 8  # streams whose last state is remembered
 EVENT = "forcing.stream"
 MOST_PICTURES = 48  # of one answer
 
 
 class Streams:
-    """The streams of this process: running ones, and the last states - plain data - of finished ones."""
+    """The streams of this process: running ones, and the last states and logs - plain data - of finished ones."""
 
     def __init__(self):
         self._running: dict[str, Live] = {}
         self._finished: dict[str, dict] = {}
+        self._logs: dict[str, dict] = {}  # of the finished ones
         self._listeners: dict[str, set[Callable[[dict], None]]] = {}
         self._lock = threading.Lock()
 
@@ -56,6 +61,11 @@ class Streams:
     def state(self, name: str) -> dict | None:
         live = self.running(name)
         return live.state() if live is not None else self._finished.get(name)
+
+    def script(self, name: str) -> dict | None:
+        """The log of a stream, as a replay takes it."""
+        live = self.running(name)
+        return live.script() if live is not None else self._logs.get(name)
 
     def states(self) -> list[dict]:
         with self._lock:
@@ -77,10 +87,14 @@ class Streams:
     def _tell(self, state: dict) -> None:
         with self._lock:
             if state["status"] in OVER:
-                self._running.pop(state["id"], None)
+                live = self._running.pop(state["id"], None)
                 self._finished[state["id"]] = state
+                if live is not None:
+                    self._logs[state["id"]] = live.script()
                 while len(self._finished) > FINISHED:
-                    self._finished.pop(next(iter(self._finished)))
+                    oldest = next(iter(self._finished))
+                    self._finished.pop(oldest)
+                    self._logs.pop(oldest, None)
             listeners = list(self._listeners.get(state["id"], ()))
         server = _server()
         try:
@@ -159,10 +173,10 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-async def _body(request: web.Request) -> bytes:
+async def _body(request: web.Request, most: int = LARGEST_BODY) -> bytes:
     """The whole body, or one byte more than is allowed: a longer one is not read."""
     parts, size = [], 0
-    while size <= LARGEST_BODY and (part := await request.content.read(LARGEST_BODY + 1 - size)):
+    while size <= most and (part := await request.content.read(most + 1 - size)):
         parts.append(part)
         size += len(part)
     return b"".join(parts)
@@ -176,9 +190,40 @@ async def _state(request: web.Request, streams: Streams) -> dict:
     return streams.state(_known(request, streams))
 
 
+async def _log(request: web.Request, streams: Streams) -> dict:
+    return streams.script(_known(request, streams)) or {}
+
+
 async def _command(request: web.Request, streams: Streams) -> dict:
     name, body = _known(request, streams), await _body(request)
     return await asyncio.get_running_loop().run_in_executor(None, carry_out, streams, name, body)
+
+
+def hear(streams: Streams, name: str, body: bytes, rate: str, end: bool) -> dict:
+    """Hand a piece of a voice on. Raises Problem: 413, 400, 409, or 429 where it is to be sent again later."""
+    if len(body) > LARGEST_SOUND:
+        raise Problem(413, f"A piece of sound has at most {LARGEST_SOUND >> 10} KiB. Send shorter ones.")
+    if not (rate.isascii() and rate.isdigit() and len(rate) <= 6):
+        raise Problem(400, f"rate has to be samples a second. Leave it out for {RATE}.")
+    live = streams.running(name)
+    if live is None:
+        raise Problem(409, "This stream is over. Start it again to speak to it.")
+    if live.ear is None:
+        raise Problem(409, "This stream does not listen. Turn on listen of Forcing Idle Portrait.")
+    try:
+        return live.ear.push(pcm_of(body, int(rate)), end)
+    except Full as error:
+        raise Problem(429, str(error)) from error
+    except Refused as error:
+        raise Problem(409, str(error)) from error
+    except ForcingError as error:
+        raise Problem(400, str(error)) from error
+
+
+async def _sound(request: web.Request, streams: Streams) -> dict:
+    name, body = _known(request, streams), await _body(request, LARGEST_SOUND)
+    query = request.query.get("rate", str(RATE)), request.query.get("end") == "1"
+    return await asyncio.get_running_loop().run_in_executor(None, hear, streams, name, body, *query)
 
 
 async def _frames(request: web.Request, streams: Streams) -> dict:
@@ -230,7 +275,8 @@ def _acknowledged(streams: Streams, name: str, body: bytes | str) -> dict:
 
 ROUTES = (("GET", "/forcing/streams", _list), ("GET", "/forcing/streams/{id}", _state),
           ("POST", "/forcing/streams/{id}/commands", _command), ("GET", "/forcing/streams/{id}/frames", _frames),
-          ("GET", "/forcing/streams/{id}/ws", _socket))
+          ("POST", "/forcing/streams/{id}/sound", _sound),
+          ("GET", "/forcing/streams/{id}/log", _log), ("GET", "/forcing/streams/{id}/ws", _socket))
 
 
 def table(streams: Streams = STREAMS) -> web.RouteTableDef:

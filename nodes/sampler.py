@@ -259,7 +259,7 @@ class _Run:
         return self.restyling.calls(made, self.levels, self.first_levels) if self.restyling else made
 
     def finished(self, progress: _Progress) -> Iterator[tuple[Block, Tensor]]:
-        """Yield (block, latents) as they become final. Ends early, with an error in the log, where something goes wrong
+        """Yield (block, latents) as they become final. Ends early, with a line in the log, where something goes wrong
         after a finished block and the finished ones may be kept."""
         finished = 0
         try:
@@ -275,8 +275,11 @@ class _Run:
                 if explained is error:  # an error that is its own cause would keep the whole run alive
                     raise
                 raise explained from error
-            log.error("Stopped after %d of %s blocks; the finished ones are returned. %s", finished,
-                      "endless" if self.endless else len(self.blocks), explained)
+            blocks = "endless" if self.endless else len(self.blocks)
+            if isinstance(error, mm.InterruptProcessingException):  # which says nothing, and is no mistake
+                log.info("Cancelled after %d of %s blocks; the finished ones are returned.", finished, blocks)
+            else:
+                log.error("Stopped after %d of %s blocks; the finished ones are returned. %s", finished, blocks, explained)
 
     def _rollout(self, progress: _Progress):
         options = self.options

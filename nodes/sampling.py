@@ -16,6 +16,8 @@ from .sampler import CausalSampler
 
 NOISE = {"per block": "block", "as ComfyUI's AR sampler": "comfy", "reference order": "reference"}
 TIMESTEPS = {"1000 x sigma": "exact", "rounded (CausVid)": "round", "truncated (AR teacher)": "floor"}
+ACCELERATE = {"off": "off", "fused kernels": "kernels", "CUDA graphs": "graphs", "prefetch paged weights": "prefetch",
+              "all of them": "all"}
 SOLVERS = {"few steps (distilled)": "renoise", "UniPC (AR teacher)": "unipc"}
 
 
@@ -123,6 +125,10 @@ class ForcingSampler(io.ComfyNode):
                 io.Boolean.Input("keep_on_interrupt", default=False, advanced=True,
                                  tooltip="On: pressing Cancel returns the blocks finished so far and the graph goes on "
                                          "with them. Off: Cancel stops the graph, as everywhere in ComfyUI."),
+                io.Combo.Input("accelerate", options=list(ACCELERATE), default="off", advanced=True,
+                               tooltip="For NVIDIA cards; does nothing elsewhere. fused kernels need Triton and round a little "
+                                       "differently. CUDA graphs pay in long videos with a window, while the model fits into "
+                                       "memory; prefetching where it does not (dynamic VRAM)."),
             ],
             outputs=[io.Sampler.Output()],
         )
@@ -130,12 +136,13 @@ class ForcingSampler(io.ComfyNode):
     @classmethod
     def execute(cls, block, independent_first_frame=False, context_timestep=0.0, noise="per block",
                 timesteps="1000 x sigma", solver="few steps (distilled)", allow_short_tail=False, keep_on_interrupt=False,
-                cache=None, first_block_sigmas=None) -> io.NodeOutput:
+                accelerate="off", cache=None, first_block_sigmas=None) -> io.NodeOutput:
         first = None if first_block_sigmas is None else tuple(float(s) for s in first_block_sigmas if s > 0)
         return io.NodeOutput(CausalSampler(RolloutOptions(
             block=block, cache=cache or WindowOptions(block=block), independent_first=independent_first_frame,
             first_sigmas=first, context_timestep=context_timestep, noise=NOISE[noise], timesteps=TIMESTEPS[timesteps],
-            solver=SOLVERS[solver], allow_tail=allow_short_tail, keep_on_interrupt=keep_on_interrupt)))
+            solver=SOLVERS[solver], allow_tail=allow_short_tail, keep_on_interrupt=keep_on_interrupt,
+            accelerate=ACCELERATE[accelerate])))
 
 
 def _sigmas(text: str, shift: float, warp: bool) -> tuple[float, ...]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..forcing_core import snapshot
 from ..forcing_core.errors import ForcingError
+from ..forcing_core.files import sweep
 from ..forcing_core.plan import Block, Call
 from ..forcing_core.rollout import RolloutState, Switch
-from ..forcing_core.saved import Saved, copied
-from ..forcing_core.streaming.recorder import Recorder
+from ..forcing_core.saved import Saved, Tree, copied
 from .common import CATEGORY
 from .host_memory import model_fingerprint
 from .sampler import CausalSampler
@@ -86,6 +86,7 @@ class Kept:
         self._waiting: dict | None = None  # a copy of what is to be written if the run is stopped now
 
     def open(self, path: Path) -> None:
+        sweep(path.parent, path.name.__eq__)
         found, blocks = snapshot.load(path), self.video
         if found.block.end >= blocks[-1].end:
             raise ForcingError(f"{path.name} already has {found.block.end} latent frames, and the latent has {blocks[-1].end}. "
@@ -145,6 +146,8 @@ class Kept:
         path = path_of(self.how.name.replace(COUNT, str(packed["rollout"]["block"][0] + 1)) + SUFFIX)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            own = re.compile(re.escape(self.how.name).replace(re.escape(COUNT), "[0-9]+") + re.escape(SUFFIX))
+            sweep(path.parent, lambda name: own.fullmatch(name) is not None)
             snapshot.write(path, packed)
             log.info("Snapshot: %s", path)
         except (ForcingError, OSError) as error:
@@ -153,11 +156,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class StreamSnapshots:
-    """Those of a stream. recorder: a `streaming.recorder.Recorder`; load: called with the saved part of a stream that is gone
-    on with, and the index of its last block."""
+    """Those of a stream. state: of its `streaming.recorder.Recorder`, with all blocks so far written; load: called with the
+    saved part of a stream that is gone on with, and the index of its last block."""
 
     how: Snapshots
-    recorder: Recorder
+    state: Callable[[], Tree]
     load: Callable[[Saved, int], None]
 
     def begin(self, run, seed: int) -> StreamKept:
@@ -199,7 +202,7 @@ class StreamKept(Kept):
 
     def _packed(self, copy: bool) -> dict:
         packed = snapshot.pack(self.identity, self.denoiser, self.state, seed=self.seed)
-        packed |= {"stream": self.streams.recorder.state()}
+        packed |= {"stream": self.streams.state()}
         return copied(packed) if copy else packed
 
 

@@ -1,50 +1,52 @@
 """Video of any length to a file while it is made: sample a block, decode it, write it, forget it."""
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Callable
+from functools import partial
+from typing import Any, Callable
 
 import comfy.model_management as mm
 import comfy.sampler_helpers
 import comfy.utils
-import folder_paths
 import torch
-from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from ..forcing_core.errors import ForcingError
-from ..forcing_core.files import whole
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.policies import build
 from ..forcing_core.saved import Saved
 from ..forcing_core.steering import Helm, SteeredNoise, read_log
 from ..forcing_core.streaming import ENDLESS, FORMATS, Audio, VideoSink
+from ..forcing_core.streaming.ear import RATE, Ear
 from ..forcing_core.streaming.recorder import Recorder, saved_log
 from .common import CATEGORY
 from .desk import Desk
+from .host_conditioning import listen
+from .host_overlap import OVERLAP, Overlap
 from .host_vae import TINY, BlockDecoder
 from .latents import latent_frames
 from .sampler import PURE_NOISE, CausalSampler, given_frames
 from .snapshot import Snapshots, StreamSnapshots
+from .stream_files import log_beside, metadata, new_file, stores_metadata, words_of
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.5
 
 
 class StreamSampler(CausalSampler):
-    """A rollout over `frames` latent frames whose blocks go to `recorder` (in the VAE's scale, given frames first) and are
-    not kept. It is called with the latents of the given frames and one block; returns the newest block. desk: who steers."""
+    """A rollout over `frames` latent frames whose blocks go to `blocks` (in the VAE's scale, given frames first) and are not
+    kept. It is called with the latents of the given frames and one block; returns the newest block. desk: who steers."""
 
-    def __init__(self, sampler: CausalSampler, frames: int, recorder: Recorder, beside: int, desk: Desk):
-        streams = StreamSnapshots(sampler.snapshots or Snapshots(), recorder, self.go_on)
+    def __init__(self, sampler: CausalSampler, frames: int, blocks: Overlap, desk: Desk):
+        streams = StreamSnapshots(sampler.snapshots or Snapshots(), blocks.state, self.go_on)
         super().__init__(replace(sampler.rollout, keep_on_interrupt=True), streams, sampler.restyle)
-        self.frames, self.recorder, self.beside, self.desk = frames, recorder, beside, desk
-        self.prompted, self.resumed = desk.encoder is not None, False
+        self.reference = sampler.reference
+        self.frames, self.blocks, self.recorder, self.desk = frames, blocks, blocks.recorder, desk
+        self.beside, self.prompted, self.resumed = blocks.decoder.beside, desk.encoder is not None, False
+        desk.settle = blocks.settle
 
     def go_on(self, saved: Saved, done: int) -> None:
         """Take up a saved stream whose last block was `done`."""
@@ -61,18 +63,21 @@ class StreamSampler(CausalSampler):
 
     def collect(self, run, progress) -> Tensor:
         out, newest = run.guider.inner_model.process_latent_out, None
-        for block, latents in run.finished(progress):
-            if newest is None and run.given is not None and not self.resumed:
-                self.recorder.write(out(run.given))
-            newest = latents
-            self.recorder.write(out(latents))
-            self.desk.live.wrote(block.index, self.recorder.frames, **self.desk.numbers(run))
+        with self.blocks:
+            for block, latents in run.finished(progress):
+                if newest is None and run.given is not None and not self.resumed:
+                    self.blocks.write(out(run.given))
+                newest = latents
+                self.blocks.write(out(latents), partial(self._written, block.index, self.desk.numbers(run, block)))
         self.recorder.note()
         if newest is None:  # stopped before a block; the file has nothing new
             shape = run.shape
             newest = torch.zeros(shape.batch, run.guider.inner_model.diffusion_model.out_dim, run.options.block, shape.height,
                                  shape.width)
         return newest
+
+    def _written(self, block: int, numbers: dict[str, Any]) -> None:
+        self.desk.live.wrote(block, self.recorder.frames, **numbers)
 
 
 def whole_frames(seconds: float, fps: float, given: int, options: RolloutOptions) -> int:
@@ -131,19 +136,9 @@ def sound(audio: dict | None) -> Audio | None:
     return Audio(wave.numpy(), int(audio["sample_rate"]))
 
 
-def _metadata(hidden) -> dict:
-    """What core's Save Video stores, unless ComfyUI was told to store nothing."""
-    if args.disable_metadata:
-        return {}
-    prompt = {} if hidden.prompt is None else {"prompt": json.dumps(hidden.prompt)}
-    return {**(hidden.extra_pnginfo or {}), **prompt}
-
-
-def _place(prefix: str, kind: str, samples: Tensor) -> tuple[Path, str]:
-    """(path without suffix, subfolder) of a new file in the output folder."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), samples.shape[4] * 8, samples.shape[3] * 8)
-    return Path(folder) / f"{name}_{counter:05}_", subfolder
+def heard(ear: Ear | None, audio: dict | None) -> Audio | None:
+    """What a file sounds like: its audio, or the voice that comes while it is made."""
+    return sound(audio) or (ear and Audio(ear, RATE))
 
 
 class ForcingStream(io.ComfyNode):
@@ -173,7 +168,8 @@ class ForcingStream(io.ComfyNode):
                 io.String.Input("filename_prefix", default="video/Forcing", tooltip="Name in ComfyUI's output folder."),
                 io.Combo.Input("format", options=list(FORMATS), default="mp4",
                                tooltip="mp4 (H.264) plays everywhere, webm (VP9) is smaller and slower to write, mkv lossless "
-                                       "(FFV1) keeps every bit and plays in most players, but not in the browser."),
+                                       "(FFV1) keeps every bit and plays in most players, but not in the browser. 16 bit: "
+                                       "for editing, 16 bits a colour instead of 8, in files several times as large."),
                 io.Boolean.Input("offload_decoder", default=False, advanced=True,
                                  tooltip="Keep what the VAE remembers between blocks in RAM instead of VRAM (2 GB at 832x480 "
                                          "in 16 bit). A little slower; the same video."),
@@ -188,6 +184,10 @@ class ForcingStream(io.ComfyNode):
                 io.String.Input("replay", default="", multiline=True, optional=True, advanced=True,
                                 tooltip="The log of a steered stream (JSON, from the panel or the file's metadata): does the "
                                         "same again at the same frames. Empty: nothing."),
+                io.Combo.Input("overlap", options=list(OVERLAP), default="auto", optional=True, advanced=True,
+                               tooltip="Decode a block while the next one is sampled, wherever both models have room for it; "
+                                       "the same video. auto: not on a CPU. It needs weights that stay on the card "
+                                       "(--highvram or --disable-dynamic-vram)."),
             ],
             outputs=[io.Video.Output(tooltip="The written file.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -195,7 +195,10 @@ class ForcingStream(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, vae, length, fps, filename_prefix, format,
-                offload_decoder=False, audio=None, tiny_vae="auto", clip=None, replay="") -> io.NodeOutput:
+                offload_decoder=False, audio=None, tiny_vae="auto", clip=None, replay="", overlap="auto") -> io.NodeOutput:
+        if hasattr(sampler, "stream"):  # of Forcing Clips: it makes whole clips
+            return sampler.stream(cls.hidden, noise, guider, sigmas, latent_image, vae, length, fps, filename_prefix, format,
+                                  offload_decoder, audio, tiny_vae, clip, replay)
         samples = latent_image["samples"]
         check_stream(sampler, sigmas, samples)
         mask = latent_image.get("noise_mask")
@@ -206,32 +209,28 @@ class ForcingStream(io.ComfyNode):
             check_endless(sampler.rollout)
         start, mask = short_latent(samples, given, sampler.rollout.block)
         decoder = BlockDecoder(vae, guider.model_patcher, samples.shape, offload_decoder, tiny_vae)
-        path, subfolder = _place(filename_prefix, format, samples)
+        path, subfolder = new_file(filename_prefix, samples.shape[3] * 8, samples.shape[4] * 8)
         saving = sampler.snapshots is not None and bool(sampler.snapshots.name)
-        sink = VideoSink(path, fps, format, metadata=_metadata(cls.hidden), audio=sound(audio), keep=saving,
-                         note=None if args.disable_metadata else {})
-        desk = Desk(guider, sampler.rollout, frames, clip, read_log(replay), fps, cls.hidden.unique_id, decoder, samples)
+        ear = listen(guider, fps)
+        sink = VideoSink(path, fps, format, metadata=metadata(cls.hidden), audio=heard(ear, audio), keep=saving,
+                         note={} if stores_metadata() else None)
+        decoder.deep = sink.format.deep
+        desk = Desk(guider, sampler.rollout, frames, clip, read_log(replay), fps, cls.hidden.unique_id, decoder, samples,
+                    words_of(cls.hidden.prompt, cls.hidden.unique_id))
+        desk.live.ear = ear
         desk.live.file = {"filename": sink.path.name, "subfolder": subfolder, "type": "output", "format": sink.format.suffix}
-        recorder = Recorder(lambda latents: (part.numpy() for part in decoder.frames(latents)), decoder.stream, sink,
+        recorder = Recorder(lambda latents: (part.numpy() for part in decoder.decoded(latents)), decoder.stream, sink,
                             desk.steering, desk.live)
-        how = StreamSampler(sampler, frames, recorder, decoder.beside, desk)
+        how = StreamSampler(sampler, frames, Overlap(decoder, recorder, desk.room, overlap), desk)
         with desk, sink:
             _run(guider, how, start, sigmas, mask, noise.seed, sink)
         if not sink.frames:  # told to stop before there was anything
             raise mm.InterruptProcessingException
-        if not (args.disable_metadata or recorder.note()):
-            _beside(sink.path, recorder)
+        if stores_metadata() and not recorder.note():
+            log_beside(sink.path, recorder)
         log.info("%.1f s of video are in %s.", sink.seconds, sink.path)
         saved = ui.SavedResult(sink.path.name, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(sink.path)), ui=ui.PreviewVideo([saved]))
-
-
-def _beside(path: Path, recorder: Recorder) -> None:
-    """A log that has no room in the file."""
-    place = path.with_suffix(".steering.json")
-    with whole(place) as temporary:
-        temporary.write_text(json.dumps(recorder.noted()), encoding="utf-8")
-    log.info("The log of this stream is in %s: it is too long for the video's metadata.", place)
 
 
 def _seldom(steps: int) -> Callable:

@@ -79,7 +79,7 @@ class ForcingPromptTrack(io.ComfyNode):
             raise ForcingError("There is no text encoder: the loader's file has none. Use Load CLIP with type wan.")
         plain = read_track(script, transition, soft_blocks)
         conds = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in plain.prompts]
-        segments = tuple(Segment(s.start, embedding_of(cond, f"Prompt {number}"), s.transition, s.blocks, s.frames)
+        segments = tuple(Segment(s.start, embedding_of(cond, f"Prompt {number}"), s.transition, s.blocks, s.frames, s.prompt)
                          for number, (s, cond) in enumerate(zip(plain.segments, conds, strict=True), 1))
         return io.NodeOutput(_carrying(Track(segments), conds[0]))
 

@@ -5,6 +5,7 @@ matters: helpers and pack get names of their own, the checkout goes first on sys
 arguments are set before anything of it chooses a device or an attention backend.
 """
 import importlib
+import os
 import sys
 import types
 from pathlib import Path
@@ -23,6 +24,8 @@ def _namespace(name, folder):
 
 _namespace("forcing_pack", TESTS.parent)
 _namespace("forcing_testkit", TESTS / "support")
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # for the fused kernels; Triton decides at its import, which may be torch's
 
 checkout = importlib.import_module("forcing_testkit.checkout").find()
 

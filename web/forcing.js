@@ -1,6 +1,7 @@
-/** ComfyUI-Forcing on the page: a timeline on Forcing Prompt Track, a live panel on Forcing Stream. */
+/** ComfyUI-Forcing on the page: a timeline on Forcing Prompt Track, a live panel on both nodes that stream. */
 import { addPanel, api, app, changeReporter, executionIds, isLinked, loadStyle, onWidgetChange, t } from './host.js'
 import { LiveClient } from './live_client.js'
+import { buildPad } from './live_pad.js'
 import { LivePanel } from './live_panel.js'
 import { Timeline } from './timeline.js'
 
@@ -38,15 +39,19 @@ function addTimeline(node) {
   })
 }
 
-function addLivePanel(node) {
-  const panel = new LivePanel({ client, ids: () => executionIds(node), t })
+function addLivePanel(node, controls) {
+  const panel = new LivePanel({ client, ids: () => executionIds(node), t, controls })
   addPanel(node, 'live', panel.element, {
     height: 470, grow: 900, width: 460, zoomed: true,
     attach: (signal) => panel.attach(signal)
   })
 }
 
-const PANELS = { ForcingPromptTrack: addTimeline, ForcingStream: addLivePanel }
+const PANELS = {
+  ForcingPromptTrack: addTimeline,
+  ForcingStream: (node) => addLivePanel(node),
+  ForcingLiveStream: (node) => addLivePanel(node, buildPad)
+}
 
 app.registerExtension({
   name: 'ComfyUI-Forcing.Panels',

@@ -58,6 +58,11 @@ export class LiveClient extends EventTarget {
     })
   }
 
+  /** { version, log } with every command that was carried out; a state shows the newest ones only. */
+  log(id) {
+    return this.ask(`/forcing/streams/${encodeURIComponent(id)}/log`)
+  }
+
   /** { first, fps, frames: [base64 JPEG], newest } of the frames behind number `after` that are still held. */
   frames(id, after) {
     return this.ask(`/forcing/streams/${encodeURIComponent(id)}/frames?after=${after}`)

@@ -14,7 +14,8 @@ const STATS = {
 // What a line of the log says of a command, by its kind.
 const SAID = {
   prompt: ({ transition, text }, t) => ({ transition: t(`kind.${transition ?? 'recache'}`), text }),
-  lora: ({ name, strength }) => ({ name: name ?? '', strength })
+  lora: ({ name, strength }) => ({ name: name ?? '', strength }),
+  drive: ({ held }, t) => ({ held: held || t('pad.nothing') })
 }
 
 /** 1234567890 -> "1.23 GB". */
@@ -24,14 +25,14 @@ export function bytes(count) {
   return `${number >= 100 || !power ? Math.round(number) : number.toPrecision(3)} ${['B', 'kB', 'MB', 'GB', 'TB'][power]}`
 }
 
-/** client: LiveClient. ids: () => ids under which the node may run. */
+/** client: LiveClient. ids: () => ids under which the node may run. controls: what builds those of the stream. */
 export class LivePanel {
-  constructor({ client, ids, t }) {
+  constructor({ client, ids, t, controls = buildControls }) {
     Object.assign(this, { client, ids, t, state: null })
     this.canvas = element('canvas', { className: 'forcing-picture', width: 16, height: 9,
       aria: { role: 'img', label: t('live.noPicture') } })
     this.player = new LivePlayer(this.canvas, client, (number) => this.drawn(number))
-    this.controls = buildControls(t, (body) => this.send(body))
+    this.controls = controls(t, (body) => this.send(body))
     this.build()
     this.show(null)
   }
@@ -70,6 +71,7 @@ export class LivePanel {
     this.client.addEventListener('change', () => this.update(), { signal })
     document.addEventListener('visibilitychange', () => this.player.pull(), { signal })
     signal.addEventListener('abort', () => this.player.stop())
+    this.controls.attach?.(this.element, signal)
     this.update()
   }
 
@@ -120,7 +122,8 @@ export class LivePanel {
     }
     const { kept = [], policy = '' } = state?.window ?? {}
     const held = kept.reduce((sum, [first, end]) => sum + end - first, 0)
-    const whole = Math.max(1, Math.ceil(((state?.frames ?? 0) + 3) / 4), ...kept.map(([, end]) => end))
+    const made = state?.drive ? state.frames : Math.ceil(((state?.frames ?? 0) + 3) / 4)
+    const whole = Math.max(1, made, ...kept.map(([, end]) => end))
     setText(this.window, held ? t('live.window.value', { held, policy }) : t('live.window.none'))
     this.bar.replaceChildren(...kept.map(([first, end]) => {
       const part = element('i')
@@ -147,7 +150,12 @@ export class LivePanel {
 
   /** What the replay input of the node takes. */
   async copyLog() {
-    const text = JSON.stringify({ version: 1, log: this.state.log })
+    let text
+    try {
+      text = JSON.stringify(await this.client.log(this.state.id))
+    } catch (error) {
+      return this.say(this.t('live.lost', { reason: error.message }), true)
+    }
     try {
       await navigator.clipboard.writeText(text)
       this.say(this.t('live.copied'))
@@ -166,17 +174,17 @@ export class LivePanel {
     this.message.classList.toggle('forcing-error', wrong)
   }
 
-  /** Send a command; true where the server took it. */
+  /** Send a command: what the server answers, or null where it did not take it. */
   async send(body) {
-    if (isOver(this.state)) return false
+    if (isOver(this.state)) return null
     try {
-      const { at_block: block } = await this.client.command(this.state.id, body)
-      this.say(this.t('live.sent', { block }))
-      return true
+      const answer = await this.client.command(this.state.id, body)
+      this.say(body.kind === 'drive' ? '' : this.t('live.sent', { block: answer.at_block }))
+      return answer
     } catch (error) {
       const lost = error instanceof TypeError // fetch itself failed
       this.say(this.t(lost ? 'live.lost' : 'live.refused', { reason: error.message }), true)
-      return false
+      return null
     }
   }
 }

@@ -62,10 +62,13 @@ const en = {
   'live.log': 'What was changed, newest first', 'live.log.you': 'you',
   'live.log.line': 'block {block}: {what}, by {who}', 'live.log.plain': 'block {block}: {what}',
   'log.prompt': '{transition} to "{text}"', 'log.seed': 'seed {seed}', 'log.lora': 'LoRA {name} {strength}',
-  'log.pause': 'pause', 'log.resume': 'resume', 'log.stop': 'stop',
+  'log.drive': 'holds {held}', 'log.pause': 'pause', 'log.resume': 'resume', 'log.stop': 'stop',
   'live.copy': 'Copy', 'live.copy.tip': 'Copy the log; the replay input of the node does the same again',
   'live.copied': 'The log is in the clipboard.', 'live.notCopied': 'The browser does not let this page copy.',
   'live.sent': 'Sent; acts from block {block} on.', 'live.saved': 'done: {file}',
+  'pad.label': 'Steer the world', 'pad.hint': 'Click here, then arrow keys, WASD or a gamepad',
+  'pad.focused': 'Arrow keys, WASD or a gamepad', 'pad.nothing': 'nothing',
+  'pad.forward': 'Forward (up)', 'pad.back': 'Back (down)', 'pad.left': 'Left', 'pad.right': 'Right',
   'live.lost': 'The server does not answer ({reason}). Is ComfyUI still running?',
   'live.refused': 'The server refused it: {reason}'
 }

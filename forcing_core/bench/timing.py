@@ -19,6 +19,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..accelerate import faster, graphs_of, way
 from ..denoiser import NetworkDenoiser
 from ..errors import ForcingError
 from ..noise import BlockNoise
@@ -50,7 +51,8 @@ class Case:
 class Setup:
     """What all cases share. size: (width, height) in pixels. changes: further settings of the cache policy. clock: key of
     `clock.HOST`, for the CPU. joined: clean passes share a forward with the noisy one behind them. compiled: the two pure
-    halves of a layer go through torch.compile. decoder: makes what turns x0 of one block after the other into pictures."""
+    halves of a layer go through torch.compile. decoder: makes what turns x0 of one block after the other into pictures.
+    accelerate: key of `accelerate.WAYS`."""
 
     preset: Preset
     config: WanConfig
@@ -62,6 +64,7 @@ class Setup:
     joined: bool = False
     compiled: bool = False
     decoder: Callable[[], Callable[[Tensor], Any]] | None = None
+    accelerate: str = "off"
 
     def options(self, case: Case):
         changes = {**self.changes, "window": case.window}
@@ -98,6 +101,10 @@ def measure(setup: Setup, cases: Sequence[Case], runs: int = 3, progress: Callab
     if runs < 1 or not cases:
         raise ForcingError(f"{runs} runs of {len(cases)} cases measure nothing. Use at least 1 of each.")
     check_device(setup.device)
+    if setup.compiled and setup.accelerate != "off":
+        raise ForcingError("--compile and --accelerate do not go together: the compiler makes kernels of its own. Use one of "
+                           "them.")
+    way(setup.accelerate)
     for case in cases:  # complain about a bad case before the first minute is spent
         blocks_of(setup.preset, case.frames)
         setup.options(case)
@@ -137,7 +144,8 @@ def _begin(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[NetworkD
     size = latent_size(*setup.size)
     prompts = [random_prompt(setup.config, i, setup.device, setup.dtype) for i in range(conditions(setup.preset))]
     denoiser = make_denoiser(net, setup.options(case), case.frames, size, prompts, setup.preset.cfg)
-    denoiser.ops = Ops(compile=_compiled) if setup.compiled else denoiser.ops
+    denoiser.ops = Ops(compile=_compiled) if setup.compiled else faster(denoiser.ops, setup.accelerate, setup.device)
+    denoiser.graphs = graphs_of(setup.accelerate, setup.device)
     return denoiser, BlockNoise(seed, (1, setup.config.in_channels), size, setup.device)
 
 
@@ -212,7 +220,8 @@ def record(setup: Setup, timings: Sequence[Timing], rates: Rates | None = None) 
     """JSON rows of rollouts: the timing, early against late, and the shape of the network. rates: adds the two floors."""
     shape = {"preset": setup.preset.name, "dim": setup.config.dim, "layers": setup.config.layers,
              "width": setup.size[0], "height": setup.size[1], "dtype": str(setup.dtype).removeprefix("torch."),
-             "clock": setup.clock if setup.device == "cpu" else "events", "joined": setup.joined, "compiled": setup.compiled}
+             "clock": setup.clock if setup.device == "cpu" else "events", "joined": setup.joined, "compiled": setup.compiled,
+             "accelerate": setup.accelerate}
     return [{**shape, **asdict(timing), "early_late": early_late(timing),
              "floors": timing.parts.floors(rates) if timing.parts and rates else None} for timing in timings]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..accelerate import WAYS
 from ..bench.budget import GB, WAN_14B, Budget, budget, cards
 from ..bench.clock import HOST, check_device
 from ..bench.compare import load_compare, run_compare
@@ -28,8 +29,8 @@ HELP = ("Time whole rollouts and their parts against two floors, the operations 
         "bytes over that of a copy: blocks early and late in a video, the bytes of the store, the memory of the run. Numbers "
         "are medians; run it on an idle machine. The one command for an NVIDIA card: python -m forcing_core bench --model 1.3b "
         "--device cuda --preset all --size 832x480 576x320 --frames 21 81 161 --window all 12 21 --parts 1 --json bench.json "
-        "--plot bench.png. The one for a CPU: python -m forcing_core bench --compare --clock process --threads 1 --json "
-        "bench.json.")
+        "--plot bench.png. The same with --accelerate all and other files shows what that brings. The one for a CPU: python -m "
+        "forcing_core bench --compare --clock process --threads 1 --json bench.json.")
 
 TINY = WanConfig(dim=256, ffn_dim=512, heads=2, layers=2, text_dim=64, text_len=64)
 # name -> (network, usual size in pixels, usual dtype)
@@ -72,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", type=int, metavar="RUNS", help="take every rollout apart, in so many runs of their own (default: 0)")
     add("--joined", action="store_true", help="make clean passes in one forward with the noisy ones behind them")
     add("--compile", action="store_true", help="torch.compile the pure halves of a layer")
+    add("--accelerate", choices=WAYS, default="off", help="on an NVIDIA card: fused kernels (with Triton), CUDA graphs, or "
+                                                          "all; prefetch is for ComfyUI (default: off)")
     add("--model", choices=MODELS, default="tiny", help="shape of the network, 1.3b and 14b are meant for CUDA; micro is the "
                                                         "trained one, and is decoded too (default: tiny)")
     add("--dim", type=int, help="another width, a multiple of 128")
@@ -100,7 +103,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
     changes = {name: getattr(args, name) for name in ("sink", "positions") if getattr(args, name) is not None}
     return Setup(get(presets(args.preset)[0]), config, size(args.size[0]) if args.size else usual_size, args.device,
                  DTYPES[args.dtype or usual_dtype], changes, args.clock, args.joined, args.compile,
-                 _decoder if args.model == "micro" else None)
+                 _decoder if args.model == "micro" else None, args.accelerate)
 
 
 def _decoder():

@@ -65,7 +65,7 @@ def _window(name: str, title: str, network: str = "student", preset: Preset = _F
 
 def _as(preset: Preset) -> Setting:
     """The student in the steps it was trained on, with the memory of a published system."""
-    few = replace(preset, steps=FEW_STEP, first_steps=None, warp=True, shift=_FEW.shift)
+    few = replace(preset, steps=FEW_STEP, first_steps=None, warp=True, shift=_FEW.shift, solver=_FEW.solver, step_count=0)
     return Setting(preset.name, f"run as {preset.title}", "student", few)
 
 

@@ -7,7 +7,7 @@ Source: arXiv 2602.03747, public repo Junchao-cs/LIVE @20c82a9.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -98,11 +98,33 @@ class ActionTrack:
         outside the trained set, and for lines out of order or behind the end."""
         rows = torch.zeros(length, len(ACTIONS))
         for frame, words in entries(text, length):
-            rows[frame:] = 0
-            for word in words:
-                name, _, value = word.partition("=")
-                rows[frame:, _action(name)] = _number(value, word) if value else 1.0
+            rows[frame:] = action_row(words)
         return cls(rows)
+
+
+def action_row(words: Sequence[str]) -> Tensor:
+    """One frame [25] of actions `name` or `name=value`. Raises ForcingError for others and for numbers outside of -1..1."""
+    row = torch.zeros(1, len(ACTIONS))
+    for word in words:
+        name, _, value = word.partition("=")
+        row[0, _action(name)] = _number(value, word) if value else 1.0
+    return ActionTrack(row).actions[0]
+
+
+def check_actions(actions: Tensor, config: LiveConfig) -> None:
+    """Raise ForcingError where the rows [F, 25] hold what this network was not trained on: other actions, or several at
+    once."""
+    if config.actions is None:
+        return
+    used = actions != 0
+    unknown = [name for name, there in zip(ACTIONS, used.any(0).tolist()) if there and name not in config.actions]
+    if unknown:
+        raise ForcingError(f"This LIVE was not trained on the action {unknown[0]}. Use {', '.join(config.actions)}.")
+    if bool((used.sum(1) > 1).any()):
+        frame = int((used.sum(1) > 1).nonzero()[0])
+        names = [name for name, there in zip(ACTIONS, used[frame].tolist()) if there]
+        raise ForcingError(f"This LIVE was trained on one action at a time, not on {' and '.join(names)} together. Hold one of "
+                           "them, then the other.")
 
 
 def _action(name: str) -> int:
@@ -118,11 +140,18 @@ def _number(value: str, word: str) -> float:
         raise ForcingError(f"'{word}' has no number behind its '='. Write it like cameraX=0.5.") from None
 
 
+def check_kind(track: Track, config: LiveConfig) -> None:
+    """Raise ForcingError for a track of another kind than the network's."""
+    if track.kind != config.condition:
+        raise ForcingError(f"This LIVE checkpoint is driven by a track of kind {config.condition}, not {track.kind}. Connect "
+                           f"a track of the kind {config.condition}, or load a checkpoint of another data set.")
+
+
 def check_track(track: Track, config: LiveConfig, frames: int) -> None:
     """Raise ForcingError where a track does not drive this network for `frames` frames."""
-    if track.kind != config.condition:
-        raise ForcingError(f"This LIVE checkpoint is driven by a track of kind {config.condition}, not {track.kind}. Connect a "
-                           f"{config.condition} track, or load a checkpoint of another data set.")
+    check_kind(track, config)
     if track.length != frames:
         raise ForcingError(f"The {track.kind} track is {track.length} frames long, the video {frames} (start pictures "
                            f"included). Make the track {frames} frames long.")
+    if isinstance(track, ActionTrack):
+        check_actions(track.actions, config)

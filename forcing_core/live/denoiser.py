@@ -84,6 +84,18 @@ class LiveDenoiser:
         raise ForcingError("LIVE's frames have no places beyond their window, so none can jump. Use the transition flush or "
                            "cut, or move the camera.")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is remembered: clean latents, and keys and values of the newest context."""
+        context = self._context or Context()
+        held = [*context.keys, *context.values, *([] if self._latents is None else [self._latents])]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Numbers of the frames that are remembered."""
+        return tuple(range(self._end - (0 if self._latents is None else self._latents.shape[2]), self._end))
+
     def state(self) -> Tree:
         """Clean latents and how many frames there were. What the context becomes follows from them."""
         return {"end": self._end} if self._latents is None else {"end": self._end, "latents": self._latents}

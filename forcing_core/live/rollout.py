@@ -14,8 +14,10 @@ from ..errors import ForcingError
 from ..noise import Noise
 from ..plan import Block, layout
 from ..rollout import RolloutState, block_rollout
+from ..rollout.block import Steer
 from ..schedule import TRAIN_STEPS, Level
 from ..solvers import dpm
+from ..streaming import ENDLESS, EndlessBlocks
 from .conditions import Track, check_track
 from .denoiser import LiveDenoiser
 from .model import LiveModel, check_latents
@@ -37,13 +39,14 @@ def live_levels(steps: int = STEPS, shift: float = SHIFT) -> tuple[Level, ...]:
 
 def live_rollout(net: LiveModel, track: Track, given: Tensor, frames: int, noise: Noise, *, window: int | None = None,
                  steps: int = STEPS, block: int = 1, context_level: Level | None = None, dtype: torch.dtype = torch.float32,
-                 resume: RolloutState | None = None,
-                 denoiser: LiveDenoiser | None = None) -> Iterator[tuple[Block, Tensor]]:
+                 resume: RolloutState | None = None, denoiser: LiveDenoiser | None = None,
+                 steer: Steer | None = None) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) of `frames` frames that follow the `given` ones [B, C, M, H, W].
 
     track: as long as given and new frames together. window: frames of a sequence, by default the network's. block: frames
     made together, 1 as published. context_level: noise of the context, by default the last step's. dtype: of the weights.
-    denoiser: one that is kept by the caller, for its state. Raises ForcingError for tracks, lengths and windows that do not
+    denoiser: one that is kept by the caller, for its state. steer: called before every block, see `block_rollout`; with
+    frames=ENDLESS it ends the rollout. Raises ForcingError for tracks, lengths and windows that do not
     fit, before anything runs.
     """
     levels = live_levels(steps)
@@ -51,9 +54,10 @@ def live_rollout(net: LiveModel, track: Track, given: Tensor, frames: int, noise
         raise ForcingError("LIVE goes on from pictures and got none. Give at least one start picture.")
     check_latents(net.config, given)
     check_track(track, net.config, given.shape[2] + frames)
-    blocks = layout(frames, block, given=given.shape[2])
+    start = given.shape[2]
+    blocks = EndlessBlocks(block, start) if frames == ENDLESS else layout(frames, block, given=start)
     denoiser = denoiser or LiveDenoiser(net, track, noise, context_level or levels[-1], window or net.config.window, dtype)
     if block >= denoiser.window:
         raise ForcingError(f"Blocks of {block} frames leave no room for a context in a window of {denoiser.window}. Use "
                            "blocks of 1 frame, as published.")
-    return block_rollout(denoiser, blocks, levels, noise, context=given, block=block, solver=dpm, resume=resume)
+    return block_rollout(denoiser, blocks, levels, noise, context=given, block=block, solver=dpm, resume=resume, steer=steer)

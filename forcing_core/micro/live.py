@@ -17,6 +17,7 @@ from ..live.config import LiveConfig
 from ..live.model import LiveModel
 from . import bundle
 from .code import CELL, LinearCode
+from .steer import NAMES
 from .vae import Z_DIM, MicroVAE
 
 HEAD, ROPE = 32, (4, 14, 14)
@@ -30,7 +31,7 @@ NETWORKS = {"live_plain": "trained on true clips alone", "live_cycle": "trained 
 def live_config(dim: int, layers: int) -> LiveConfig:
     """The shape of a micro LIVE."""
     return LiveConfig(dim=dim, layers=layers, heads=dim // HEAD, channels=Z_DIM, latent=(8, 8), window=WINDOW, rope=ROPE,
-                      condition="action", condition_dim=25, cell=CELL)
+                      condition="action", condition_dim=25, cell=CELL, actions=tuple(NAMES.values()))
 
 
 def path(name: str = "live_cycle", folder: Path | None = None) -> Path:

@@ -105,12 +105,14 @@ class Drive:
 def loudness(wave: Tensor, rate: int, frames: int) -> Tensor:
     """Mouth opening [frames] in 0 .. 1 of a voice [channels, n]: its loudness at 16 pictures a second, smoothed over a
     latent frame, 1 where it is nearly loudest; 0 behind its end. Raises ForcingError for a sound that is too short."""
-    size = rate // SECOND
-    if size < 1 or wave.shape[-1] < size:
-        raise ForcingError(f"A sound of {wave.shape[-1]} samples, {rate} a second, is shorter than a picture. Connect a longer "
+    samples = wave.shape[-1]
+    if rate < SECOND or samples * SECOND < rate:
+        raise ForcingError(f"A sound of {samples} samples, {rate} a second, is shorter than a picture. Connect a longer "
                            "one.")
-    parts = wave.float().mean(0)[:size * frames]
-    power = parts[:parts.shape[0] // size * size].unflatten(0, (-1, size)).square().mean(1).sqrt()
+    # the samples of each picture, which for 44.1 kHz are not always as many
+    edges = torch.arange(min(frames, samples * SECOND // rate) + 1) * rate // SECOND
+    energy = torch.cat([torch.zeros(1, dtype=torch.float64), wave.double().mean(0).square().cumsum(0)])[edges]
+    power = (energy.diff() / edges.diff()).clamp_min(0).sqrt().float()
     smooth = avg_pool1d(power[None, None], GROUP + 1, 1, GROUP // 2, count_include_pad=False)[0, 0]
     loud = smooth.quantile(0.95).clamp_min(1e-4)
     return pad((smooth / loud).clamp(0, 1), (0, frames - len(smooth)))

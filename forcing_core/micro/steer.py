@@ -1,6 +1,6 @@
 """The steerable micro world: one coloured shape on a plain background, moved by a key a frame, 64x64 at 8 fps.
 
-A shape stands on a board of 11x11 places, 4 pixels apart, and a key moves it by one place; at the edge of the board it stays
+A shape stands on a board of 3x3 places, 16 pixels apart, and a key moves it by one place; at the edge of the board it stays
 where it is. So what every frame has to show is known exactly, from the start and the keys, for as long as one plays, and a
 walk can be taken back by the opposite keys.
 
@@ -28,8 +28,8 @@ from .observe import frames_of, observe
 from .shapes import coverage, half_extents
 
 FPS = 8
-STEP, REACH, RADIUS = 4.0, 5, 9.0  # pixels between places, places from the middle to an edge, pixels
-HOLD = 6  # frames that a key of a random play is held at most
+STEP, REACH, RADIUS = 16.0, 1, 9.0  # pixels between places, places from the middle to an edge, pixels
+HOLD = 3  # frames that a key of a random play is held at most
 # key -> (right, down); the opposite of each is what takes its step back
 KEYS = {"none": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = (0, 2, 1, 4, 3)

@@ -17,6 +17,7 @@ from .deep_sink import DeepSink, DeepSinkOptions
 from .ema_sink import EmaSink, EmaSinkOptions
 from .memflow import MemFlow, MemFlowOptions
 from .merging import Merging, MergingOptions
+from .per_step import PerStep, PerStepOptions
 from .recency import Recency, RecencyOptions
 from .recompute import Recompute, RecomputeOptions
 from .reference import Reference, ReferenceOptions
@@ -60,6 +61,7 @@ KINDS: dict[str, tuple[type, Callable[..., Policy]]] = {
     "reference": (ReferenceOptions, Reference),
     "relax": (RelaxOptions, Relax),
     "memflow": (MemFlowOptions, MemFlow),
+    "per_step": (PerStepOptions, PerStep),
 }
 
 

@@ -2,6 +2,7 @@
 from .block import block_rollout
 from .calls import calls, most_frames
 from .knot import Knot, knot_rollout
+from .per_step import per_step_rollout
 from .recompute import recompute_rollout
 from .rolling import rolling_rollout
 from .state import RolloutState
@@ -13,7 +14,9 @@ ROLLOUTS = {
     "rolling": rolling_rollout,
     "recompute": recompute_rollout,
     "knot": knot_rollout,
+    "per_step": per_step_rollout,
 }
 
-__all__ = ["Knot", "ROLLOUTS", "RolloutState", "Switch", "block_rollout", "calls", "knot_rollout", "most_frames", "recache",
+__all__ = ["Knot", "ROLLOUTS", "RolloutState", "Switch", "block_rollout", "calls", "knot_rollout", "most_frames",
+           "per_step_rollout", "recache",
            "recompute_rollout", "rolling_rollout"]

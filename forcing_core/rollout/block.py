@@ -20,6 +20,7 @@ from .transitions import FRESH, SCENES, History, Switch, passed, switch_prompt, 
 
 Solver = Callable[..., Tensor]
 Steer = Callable[[Block, deque[Switch]], bool]
+Leave = Callable[[Denoiser, Block, Tensor, float], None]
 Make = Callable[[Denoiser, Block, Sequence[Level], Noise, Solver, RolloutState], Tensor]
 
 
@@ -32,12 +33,16 @@ def denoise(denoiser: Denoiser, block: Block, levels: Sequence[Level], noise: No
     return solver(noise.initial(block), levels, predict, lambda step: noise.renoise(block, step))
 
 
+def clean_pass(denoiser: Denoiser, block: Block, x0: Tensor, context_timestep: float) -> None:
+    denoiser(x0, (clean(context_timestep),) * block.frames, block.first, "clean")
+
+
 def block_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequence[Level], noise: Noise, *,
                   first_levels: Sequence[Level] | None = None, context: Tensor | None = None, block: int = 3,
                   independent_first: bool = False, context_timestep: float = 0.0, window: int | None = None,
                   switches: Sequence[Switch] = (), solver: Solver = consistency,
                   resume: RolloutState | None = None, make: Make = denoise,
-                  steer: Steer | None = None) -> Iterator[tuple[Block, Tensor]]:
+                  steer: Steer | None = None, leave: Leave = clean_pass) -> Iterator[tuple[Block, Tensor]]:
     """Yield (block, x0 [B, C, n, H, W]) as each block becomes final.
 
     levels: of every block; first_levels: of the first generated block, and of the first one after a cut
@@ -47,7 +52,7 @@ def block_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequence[
     recache; None keeps all of them where there are switches. A block's clean pass runs when the next block
     is asked for, so the last one never runs. resume: where to go on, kept up to date; an empty one begins. make: how a
     block is denoised. steer: called before every block with it and the switches ahead, which it may change; False ends
-    the rollout.
+    the rollout. leave: how a block is written into the store.
     """
     state = resume or RolloutState()
     history = state.remember(window) if switches or resume is not None else None
@@ -63,7 +68,7 @@ def block_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequence[
         if steer is not None and not steer(current, pending):
             return
         if state.done is not None:
-            _clean_pass(denoiser, *state.done, context_timestep)
+            leave(denoiser, *state.done, context_timestep)
             _remember(history, state.done[1])
         due = passed(pending, current.first)
         if due:
@@ -74,10 +79,6 @@ def block_rollout(denoiser: Denoiser, blocks: Iterable[Block], levels: Sequence[
         chosen = first_levels if first_levels and fresh else levels
         state.done = current, make(denoiser, current, chosen, noise, solver, state)
         yield state.done
-
-
-def _clean_pass(denoiser: Denoiser, block: Block, x0: Tensor, context_timestep: float) -> None:
-    denoiser(x0, (clean(context_timestep),) * block.frames, block.first, "clean")
 
 
 def _remember(history: History | None, latents: Tensor) -> None:

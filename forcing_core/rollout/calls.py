@@ -42,6 +42,12 @@ def _block(order: _Order) -> Iterator[Call]:
             yield Call(block.first, block.frames, "clean")
 
 
+def _per_step(order: _Order) -> Iterator[Call]:
+    yield from _given(order)
+    for block in order.blocks:
+        yield from order.noisy(block)
+
+
 def _recompute(order: _Order) -> Iterator[Call]:
     for block in order.blocks:
         for first, frames in replayed(block, order.window, order.block):
@@ -68,7 +74,7 @@ def _knot(order: _Order) -> Iterator[Call]:
 
 # name of a rollout, a key of ROLLOUTS -> its calls after the given frames
 CALLS: dict[str, Callable[[_Order], Iterator[Call]]] = {
-    "block": _block, "rolling": _rolling, "recompute": _recompute, "knot": _knot}
+    "block": _block, "rolling": _rolling, "recompute": _recompute, "knot": _knot, "per_step": _per_step}
 
 
 def calls(name: str, blocks: Sequence[Block], steps: int, *, first_steps: int | None = None, given: int = 0,

@@ -155,6 +155,8 @@ LIMITED = {
                            "steps. Set every transition to keep"),
     "recompute": (("recache", "keep", "soft"), "it empties the memory before every block and rebuilds it from the newest "
                                                "frames. Set every transition to recache, keep or soft"),
+    "per_step": (("keep", "soft"), "its memory holds noisy frames, which cannot be made anew. Set every transition to keep or "
+                                   "soft"),
 }
 
 

@@ -5,8 +5,9 @@ at one level; `fresh(step)` is new noise mixed in after a step. All tensors are 
 """
 from .consistency import consistency
 from .dpm import dpm
+from .euler import euler, euler_levels
 from .unipc import unipc
 
-SOLVERS = {"renoise": consistency, "unipc": unipc, "dpm": dpm}
+SOLVERS = {"renoise": consistency, "unipc": unipc, "dpm": dpm, "euler": euler}
 
-__all__ = ["SOLVERS", "consistency", "dpm", "unipc"]
+__all__ = ["SOLVERS", "consistency", "dpm", "euler", "euler_levels", "unipc"]

@@ -17,6 +17,8 @@ from ..steering import Steering
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from .ear import Ear
+
 STATUSES = ("starting", "running", "paused", "stopping", "done", "failed")
 OVER = ("done", "failed")
 NEWEST = 200  # commands of the log that a state shows
@@ -35,13 +37,15 @@ class Previews:
         self._lock = threading.Lock()
 
     def push(self, first: int, frames: ndarray) -> None:
-        """The next frames, uint8 [T, H, W, 3], of which the first has this number."""
+        """The next frames, uint8 or uint16 [T, H, W, 3], of which the first has this number."""
         with self._lock:
             if self._clock() - self._asked > IDLE:
                 self._frames.clear()
                 first, frames = first + len(frames) - 1, frames[-1:]  # whoever comes sees at least one
             step = max(1, -(-max(frames.shape[1:3]) // SIDE))
-            self._frames.extend((first + i, frame[::step, ::step].copy()) for i, frame in enumerate(frames))
+            deep = frames.dtype == "uint16"
+            self._frames.extend((first + i, (frame[::step, ::step] >> 8 * deep).astype("uint8"))
+                                for i, frame in enumerate(frames))
 
     def after(self, number: int, most: int = HELD) -> tuple[int, list[bytes], int]:
         """(number of the first one, JPEGs, number of the newest frame) of the held frames behind `number`, the newest `most`
@@ -72,6 +76,7 @@ class Live:
     file: dict[str, Any] = field(default_factory=dict)
     policy: str = ""
     tell: Callable[[dict[str, Any]], None] = lambda state: None
+    ear: Ear | None = None  # for a voice that comes while it runs
     status: str = "starting"
     error: str | None = None
     previews: Previews = field(default_factory=Previews)
@@ -102,6 +107,10 @@ class Live:
     def over(self, error: str | None = None) -> None:
         self.status, self.error = ("done" if error is None else "failed"), error
         self.tell(self.state())
+
+    def script(self) -> dict[str, Any]:
+        """All that was carried out, for a replay."""
+        return {"version": 1, "log": [entry.plain() for entry in self.steering.log]}
 
     def state(self) -> dict[str, Any]:
         """As the routes hand it out; JSON can hold all of it."""

@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..errors import ForcingError
 from ..saved import Saved, Tree
 from ..steering import Entry, Steering, read_entries
 from .live import Live
@@ -27,8 +28,8 @@ class Decoder(Protocol):
 
 
 class Recorder:
-    """One file of a stream. decode: uint8 frames [T, H, W, 3] of the next latents, in parts; decoder: what it remembers.
-    start: number of the first frame of this file in the whole video. live: gets previews, or None."""
+    """One file of a stream. decode: frames [T, H, W, 3] of the next latents, in parts, as the sink takes them; decoder: what
+    it remembers. start: number of the first frame of this file in the whole video. live: gets previews, or None."""
 
     def __init__(self, decode: Callable[[Tensor], Iterator[Any]], decoder: Decoder, sink: VideoSink, steering: Steering,
                  live: Live | None = None):
@@ -65,7 +66,7 @@ class Recorder:
         tail = self.sink.tail()
         tree: Tree = {"frames": self.frames, "log": [entry.plain() for entry in self.steering.log],
                       "decoder": self.decoder.state()}
-        return tree | ({"tail": torch.from_numpy(numpy.stack(tail))} if tail else {})
+        return tree | ({"tail": torch.from_numpy(numpy.stack(tail).view(numpy.uint8))} if tail else {})
 
     def load(self, saved: Saved, latents: Tensor, scale: int) -> None:
         """Go on where the saved one stood: begins the file with the frames that the first one may lack. latents: an example
@@ -76,7 +77,12 @@ class Recorder:
         tail = ()
         if "tail" in saved:
             sides = [scale * side for side in latents.shape[3:]]
-            tail = saved.tensor("tail", (None, *sides, 3), torch.uint8).numpy()
+            tail = saved.tensor("tail", (None, *sides, None), torch.uint8).numpy()
+            deep = self.sink.format.deep
+            if tail.shape[-1] != 3 * (1 + deep):
+                raise ForcingError(f"The snapshot's newest frames have {16 >> deep} bits a colour, this file {8 << deep}. Use "
+                                   "the format of the first run.")
+            tail = tail.view(numpy.uint16) if deep else tail
         if len(tail) > frames:
             saved.fail("tail", "is longer than the video")
         self.start = frames - len(tail)

@@ -1,8 +1,9 @@
 """Video files that grow as frames come and play at any moment, also after a crash.
 
-A frame is a uint8 array [H, W, 3], RGB. Nothing of what was written is held, except an index of a few dozen bytes a
-frame from which a player finds its place in a finished MP4. An MP4 consists of fragments of about a second, and is
-turned into an ordinary one when it is closed (by FFmpeg 7.1 or later; before that the fragments stay, which play too).
+A frame is a uint8 array [H, W, 3], RGB, or a uint16 one where the format is deep. Nothing of what was written is held,
+except an index of a few dozen bytes a frame from which a player finds its place in a finished MP4. An MP4 consists of
+fragments of about a second, and is turned into an ordinary one when it is closed (by FFmpeg 7.1 or later; before that the
+fragments stay, which play too).
 """
 from __future__ import annotations
 
@@ -27,14 +28,15 @@ SETTLED = 2  # seconds of video behind which a frame that left the encoder is on
 
 @dataclass(frozen=True)
 class Format:
-    """suffix: of the file. pixels: pixel format; halved: whether it stores colour at half the resolution. options: of
-    the codec; container_options: of the file."""
+    """suffix: of the file. pixels: pixel format; halved: whether it stores colour at half the resolution; deep: with 16 bits.
+    options: of the codec; container_options: of the file."""
 
     suffix: str
     codec: str
     pixels: str
     audio: str
     halved: bool = True
+    deep: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
     container_options: Mapping[str, str] = field(default_factory=dict)
 
@@ -49,10 +51,10 @@ FORMATS = {
                    options={"crf": "28", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1",
                             "lag-in-frames": "16"},
                    container_options={"cluster_time_limit": "1000"}),
-    "mkv lossless": Format("mkv", "ffv1", "bgr0", "flac", halved=False,
-                           options={"level": "3", "g": "1"},
-                           container_options={"cluster_time_limit": "1000", "write_crc32": "0"}),
 }
+FORMATS |= {name: Format("mkv", "ffv1", pixels, "flac", halved=False, deep=deep, options={"level": "3", "g": "1"},
+                         container_options={"cluster_time_limit": "1000", "write_crc32": "0"})
+            for name, pixels, deep in (("mkv lossless", "bgr0", False), ("mkv lossless 16 bit", "gbrp16le", True))}
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,11 @@ class VideoSink:
         self.close(quiet=error is not None)
 
     def write(self, frames: ndarray) -> None:
-        """Append frames, uint8 [T, H, W, 3]."""
+        """Append frames, uint8 [T, H, W, 3]; a deep format also takes uint16, and 8 bits exactly."""
         for frame in frames:
             self._check(frame.shape)
+            if self.format.deep and frame.dtype == "uint8":
+                frame = frame.astype("uint16") * 257
             self._guarded(self._write, frame)
 
     def rewrite(self, note: Mapping[str, Any]) -> bool:
@@ -160,7 +164,7 @@ class VideoSink:
     def _write(self, frame: ndarray) -> None:
         if self._container is None:
             self._open(frame.shape)
-        picture = pyav().VideoFrame.from_ndarray(frame, format="rgb24")
+        picture = pyav().VideoFrame.from_ndarray(frame, format="rgb48le" if self.format.deep else "rgb24")
         picture.pts, picture.time_base = self.frames, 1 / self.rate
         packets = self._video.encode(picture)
         self._container.mux(packets)

@@ -86,6 +86,13 @@ def frames(file: File, times: Sequence[Fraction]) -> Iterator[ndarray]:
             yield _picture(newest)
 
 
+def rewound(file: File) -> File:
+    """The file, to be read from its beginning."""
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    return file
+
+
 class _opened:
     """(container, video stream) of a file, closed at the end."""
 
@@ -94,10 +101,8 @@ class _opened:
 
     def __enter__(self):
         av = pyav()
-        if isinstance(self.file, io.BytesIO):
-            self.file.seek(0)
         try:
-            self.container = av.open(self.file)
+            self.container = av.open(rewound(self.file))
         except (OSError, av.error.FFmpegError) as error:
             raise ForcingError(f"The video cannot be opened: {error}. {LOAD}") from error
         if not self.container.streams.video:

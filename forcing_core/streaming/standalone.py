@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import snapshot
 from ..errors import ForcingError
+from ..files import sweep
 from ..noise import BlockNoise
 from ..options import first_levels_of, levels_of
 from ..plan import Block, layout
@@ -60,6 +61,8 @@ class Stream:
         self.blocks = layout(frames, preset.block) if options.blocks else EndlessBlocks(preset.block)
         decoder = source.decoder()
         found = None if options.resume is None else snapshot.load(options.resume)
+        if options.resume is not None:
+            sweep(options.resume.parent, options.resume.name.__eq__)
         self.identity = snapshot.Identity(snapshot.fingerprint(self.denoiser.net.named_parameters()),
                                           snapshot.settings(self.cache), (1, source.channels, *self.size))
         self.state = RolloutState() if found is None else found.resume(self.identity, self.denoiser)

@@ -6,8 +6,12 @@ any long clip, and the network learns to go on from its own errors. The rollout 
 step of diffusion forcing, with a noise level for every frame, and the loss counts the true frames only. How many of them
 are given falls during training, so that what is generated grows.
 
-Axes: B batch, C latent channel, F frame, h/w latent size. Source: arXiv 2602.03747 (LIVE), section on cycle consistency;
-its training code is not public.
+Where the public code (Junchao-cs/LIVE @20c82a9, `df_flow.py`) does otherwise: it makes all frames of a rollout as one chunk
+with the 18 steps of sampling; recovers into extra slots behind the reversed rollout, each of which holds one true frame and
+sees the rollout only, with logit-normal levels; gives fewer frames by the epoch (32, 8, then 2 for the rest); and takes
+no step on true clips once rollouts begin. Ours is smaller: frame by frame in few steps, one sequence, every second step.
+
+Axes: B batch, C latent channel, F frame, h/w latent size. Source: arXiv 2602.03747 (LIVE), section on cycle consistency.
 """
 from __future__ import annotations
 

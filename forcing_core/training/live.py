@@ -36,12 +36,12 @@ class LiveSettings(NetSettings):
     """batch: clips of WINDOW frames a step. shapes: extra weight of the cells that show the shape."""
 
     dim: int = 96
-    layers: int = 3
-    batch: int = 8
+    layers: int = 4
+    batch: int = 16
     lengths: tuple[int, ...] = (WINDOW,)
-    steps: int = 5000
-    hold: float = 0.5
-    shapes: float = 3.0
+    steps: int = 12000
+    hold: float = 0.6
+    shapes: float = 5.0
     average: float = 0.98
 
     @property
@@ -56,7 +56,7 @@ class LaterSettings(LiveSettings):
     given: true frames of a rollout, see `cycle.CycleOptions`, by the share of `steps` that are done; rollout_steps: of each of
     its frames."""
 
-    steps: int = 1500
+    steps: int = 1200
     muon_lr: float = 0.012
     adamw_lr: float = 2e-3
     given: tuple[int, ...] = (5, 3, 1)
@@ -83,6 +83,7 @@ def start(net: nn.Module) -> None:
             nn.init.zeros_(parameter)
         elif parameter.dim() >= 2:
             nn.init.xavier_uniform_(parameter.view(parameter.shape[0], -1))
+    nn.init.normal_(net.c_embedder.mlp[0].weight)  # an action is one 1 among zeros: at Xavier's scale it is hardly heard
 
 
 class LiveTrainer(NetTrainer):

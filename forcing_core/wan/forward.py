@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from ..attention import backend
 from ..errors import ForcingError
+from ..kernels import PLAIN, Kernels
+from ..kernels.plain import normed
 from ..passes import Exchange
 from .text import TextState
+from .times import Embedded
 
 
 def _own_parameter(parameter: Tensor, like: Tensor) -> Tensor:
@@ -50,10 +53,12 @@ def _eager(fn: Callable) -> Callable:
 class Ops:
     """What a host may replace. The defaults are plain torch.
 
-    attention: (q, k, v) [B, n, H, d] -> [B, n, H, d]. parameter: a raw Parameter, as the compute dtype of a
+    attention: (q, k, v) [B, n, H, d] -> [B, n, H, d]; one that has `flat` (q, k, v, heads), [B, n, D] -> [B, n, D], is
+    spared the way there and back. parameter: a raw Parameter, as the compute dtype of a
     tensor. cross_attention: as `_cross_attention`. around_block, after_self_attention, after_cross_attention:
     places where a host's patches act. sinusoid: dtype of the timestep embedding's angles. compile: wraps
-    the two pure halves of a layer (the store stays outside of what is compiled).
+    the two pure halves of a layer (the store stays outside of what is compiled). kernels: what norms, modulation,
+    gates and the way of keys into the store are done with; others than plain ones are not compiled.
     """
 
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] = backend("sdpa")
@@ -64,18 +69,13 @@ class Ops:
     after_cross_attention: Callable[..., Tensor] = _unchanged
     sinusoid: torch.dtype = torch.float64
     compile: Callable[[Callable], Callable] = _eager
-
-
-def timestep_embedding(timesteps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """[m] timesteps (0..1000) -> [m, dim] of [cos | sin] with angles computed in `dtype`."""
-    half = dim // 2
-    exponent = -torch.arange(half, dtype=dtype, device=timesteps.device).div(half)
-    angle = torch.outer(timesteps.to(dtype), torch.pow(10000, exponent))
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    kernels: Kernels = PLAIN
 
 
 def _attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """[B, n, D] projections -> [B, n, D]."""
+    if hasattr(ops.attention, "flat"):
+        return ops.attention.flat(q, k, v, heads)
     return ops.attention(*(t.unflatten(2, (heads, -1)) for t in (q, k, v))).flatten(2)
 
 
@@ -83,33 +83,24 @@ def _plainly(layer: int, q: Tensor, keys: Tensor, values: Tensor, attention: Cal
     return attention(q, keys, values)
 
 
-def _modulation(block: nn.Module, e: Tensor, like: Tensor, ops: Ops) -> tuple[Tensor, ...]:
-    """e [B, F, 6, D] -> shift, scale, gate (self-attention), shift, scale, gate (ffn), each [B, F, 1, D]."""
-    return tuple(m.unsqueeze(2) for m in (ops.parameter(block.modulation, like).unsqueeze(0) + e).unbind(2))
+def _behind(leading: int, frames: int, x: Tensor, y: Tensor, *m: Tensor) -> list[Tensor]:
+    """Tokens x, y [B, n, D] and modulations of all `frames` but the first `leading`."""
+    tokens = x.shape[1] // frames * leading
+    return [x[:, tokens:], y[:, tokens:], *(t if t.dim() == 3 else t[:, leading:] for t in m)]
 
 
-def _frames(x: Tensor, m: Tensor) -> Tensor:
-    """View tokens [B, n, D] by frame [B, F, S, D], so that per-frame modulation broadcasts."""
-    return x.unflatten(1, (m.shape[1], -1))
-
-
-def _behind(leading: int, x: Tensor, y: Tensor, *m: Tensor) -> list[Tensor]:
-    """Tokens x, y [B, n, D] and modulations of all frames but the first `leading`."""
-    tokens = x.shape[1] // m[0].shape[1] * leading
-    return [x[:, tokens:], y[:, tokens:], *(t[:, leading:] for t in m)]
-
-
-def keys_and_values(block: nn.Module, x: Tensor, m: Sequence[Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(modulated input, k, v): the first half of a layer up to what a store keeps. k, v [B, n, H, d]."""
-    y = torch.addcmul(m[0], block.norm1(_frames(x, m[0])), 1 + m[1]).flatten(1, 2)
+def keys_and_values(block: nn.Module, x: Tensor, m: Sequence[Tensor], heads: int, kernels: Kernels = PLAIN,
+                    raw: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(modulated input, k, v): the first half of a layer up to what a store keeps. k, v [B, n, H, d]; k [B, n, D] as
+    projected where it is wanted `raw`."""
+    y = kernels.modulate(block.norm1, x, m[0], m[1])
     attention = block.self_attn
-    k = attention.norm_k(attention.k(y)).unflatten(2, (heads, -1))
-    return y, k, attention.v(y).unflatten(2, (heads, -1))
+    k = attention.k(y)
+    return y, k if raw else normed(attention.norm_k, k, heads), attention.v(y).view(*y.shape[:2], heads, -1)
 
 
-def feed_forward(block: nn.Module, x: Tensor, m: Sequence[Tensor]) -> Tensor:
-    y = block.ffn(torch.addcmul(m[3], block.norm2(_frames(x, m[3])), 1 + m[4]).flatten(1, 2))
-    return torch.addcmul(_frames(x, m[5]), _frames(y, m[5]), m[5]).flatten(1, 2)
+def feed_forward(block: nn.Module, x: Tensor, m: Sequence[Tensor], kernels: Kernels = PLAIN) -> Tensor:
+    return kernels.gate(x, block.ffn(kernels.modulate(block.norm2, x, m[3], m[4])), m[5])
 
 
 class Beside(Protocol):
@@ -146,10 +137,17 @@ class Alone:
 class _Run:
     """One forward: what all layers share. Lives as long as the forward does."""
 
-    def __init__(self, net: Any, text: TextState, memory: Exchange, e: Tensor, ops: Ops, layers: int):
-        self.net, self.text, self.memory, self.e, self.ops, self.layers = net, text, memory, e, ops, layers
-        self.first_half, self.ffn = ops.compile(keys_and_values), ops.compile(feed_forward)
+    def __init__(self, net: Any, text: TextState, memory: Exchange, times: Embedded, ops: Ops, layers: int):
+        self.net, self.text, self.memory, self.times, self.ops, self.layers = net, text, memory, times, ops, layers
+        self.e = times.projected
+        self.take = ops.kernels.meet(memory)
+        if ops.kernels is PLAIN:
+            self.first_half, self.ffn = ops.compile(keys_and_values), ops.compile(feed_forward)
+        else:
+            self.first_half = partial(keys_and_values, kernels=ops.kernels, raw=self.take is not None)
+            self.ffn = partial(feed_forward, kernels=ops.kernels)
         self.attend = getattr(memory, "attend", _plainly)
+        self.flat = getattr(ops.attention, "flat", None) if self.attend is _plainly else None
         self.observed, self.asked = getattr(memory, "observes", False), getattr(memory, "asks", False)
         self.leading = getattr(memory, "leading", 0)
         self.attend_prompt = getattr(memory, "attend_prompt", None)
@@ -157,25 +155,37 @@ class _Run:
     def layer(self, index: int, block: nn.Module, x: Tensor) -> Tensor | None:
         """One layer of the store. Returns None after the last layer of a silent pass: its keys are all that is wanted."""
         ops, heads = self.ops, self.net.num_heads
-        m = _modulation(block, self.e, x, ops)
+        m = self.times.modulation(index, block, x, ops.parameter)
         y, k, v = self.first_half(block, x, m, heads)
         attention = block.self_attn
         last = self.memory.silent and index == self.layers - 1
         if self.leading and index == self.layers - 1:
-            x, y, *m = _behind(self.leading, x, y, *m)
-        q = None if last and not self.observed else attention.norm_q(attention.q(y)).unflatten(2, (heads, -1))
+            x, y, *m = _behind(self.leading, self.e.shape[1], x, y, *m)
+        q = None if last and not self.observed else self._query(attention, y)
         if self.asked:
             self.memory.ask(index, self.text.mean_key(index, block.cross_attn, self.net.text_embedding, heads))
+        found = self._exchange(index, attention, q, k, v)
         if last:
-            self.memory.exchange(index, q, k, v)
             return None
-        q, keys, values = self.memory.exchange(index, q, k, v)
-        y = self.attend(index, q, keys, values, ops.attention).flatten(2)
+        q, keys, values = found
+        if self.flat:
+            y = self.flat(q.flatten(2), keys.flatten(2), values.flatten(2), heads)
+        else:
+            y = self.attend(index, q, keys, values, ops.attention).flatten(2)
         y = attention.o(ops.after_self_attention(index, y, q=q, k=keys))
-        x = torch.addcmul(_frames(x, m[2]), _frames(y, m[2]), m[2]).flatten(1, 2)
+        x = ops.kernels.gate(x, y, m[2])
         x = x + ops.cross_attention(index, block, block.norm3(x), self.text, self._prompt_ops(index), self.net)
         x = ops.after_cross_attention(index, x)
         return self.ffn(block, x, m)
+
+    def _query(self, attention: nn.Module, y: Tensor) -> Tensor:
+        q = attention.q(y)
+        return q if self.take else normed(attention.norm_q, q, self.net.num_heads)
+
+    def _exchange(self, index: int, attention: nn.Module, q: Tensor | None, k: Tensor, v: Tensor):
+        if self.take:
+            return self.take(index, attention, self.net.num_heads, q, k, v)
+        return self.memory.exchange(index, q, k, v)
 
     def _prompt_ops(self, index: int) -> Ops:
         """What cross-attention works with: an attention of the pass where that has one for prompts."""
@@ -184,14 +194,14 @@ class _Run:
         return replace(self.ops, attention=partial(self.attend_prompt, index, attention=self.ops.attention))
 
 
-def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exchange, ops: Ops,
+def forward(net: Any, x: Tensor, timesteps: Tensor | Embedded, text: TextState, memory: Exchange, ops: Ops,
             beside: Beside | None = None) -> Tensor | None:
     """Velocity of the call's frames, [B, C, F, h, w], without the `leading` ones of a joined pass, or None for a silent
     (clean, recache) pass.
 
     net: our WanModel or ComfyUI's. x: [B, C, F, h, w] in the compute dtype, h and w even; with channels of conditioning
-    behind those of the latents where the network has them. timesteps: float32 [B, F], 0..1000. Raises ForcingError for
-    odd sizes.
+    behind those of the latents where the network has them. timesteps: float32 [B, F], 0..1000, alone or as `Embedded`.
+    Raises ForcingError for odd sizes.
     """
     beside = beside or Alone(net)
     if x.shape[3] % net.patch_size[1] or x.shape[4] % net.patch_size[2]:
@@ -200,9 +210,9 @@ def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exc
     tokens = net.patch_embedding(x.float()).to(x.dtype)
     grid = tokens.shape[2:]
     tokens = beside.begin(tokens.flatten(2).transpose(1, 2))
-    e = net.time_embedding(timestep_embedding(timesteps.flatten(), net.freq_dim, ops.sinusoid).to(x.dtype))
-    e = e.unflatten(0, timesteps.shape)
-    run = _Run(net, text, memory, net.time_projection(e).unflatten(2, (6, -1)), ops, beside.layers)
+    known = timesteps if isinstance(timesteps, Embedded) else text.times.of(timesteps)
+    times = known.begin(net, x.dtype, ops.sinusoid)
+    run = _Run(net, text, memory, times, ops, beside.layers)
     for index, block in enumerate(net.blocks):
         number = beside.number(index)
         step = lambda y, i=number, b=block: run.layer(i, b, y)  # noqa: E731
@@ -211,7 +221,16 @@ def forward(net: Any, x: Tensor, timesteps: Tensor, text: TextState, memory: Exc
         if tokens is None:
             return None
     grid = (grid[0] - run.leading, *grid[1:])
-    return unpatchify(net.head(tokens, e[:, run.leading:]), grid, net.patch_size, net.out_dim)
+    return unpatchify(net.head(tokens, times.ending(run.leading)), grid, net.patch_size, net.out_dim)
+
+
+def remember(net: Any, tokens: Tensor, text: TextState, memory: Exchange, ops: Ops) -> None:
+    """Send tokens [B, n, D] of no frame through all layers at timestep 0, as one silent pass: what `memory` is given of them
+    is all that is wanted. Patches around blocks do not act."""
+    times = Embedded(tokens.new_zeros(tokens.shape[0], 1, dtype=torch.float32)).begin(net, tokens.dtype, ops.sinusoid)
+    run = _Run(net, text, memory, times, ops, len(net.blocks))
+    for index, block in enumerate(net.blocks):
+        tokens = run.layer(index, block, tokens)
 
 
 def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:

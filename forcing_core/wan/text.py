@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .times import Times
+
 
 def pad_rows(context: Tensor, rows: int = 512) -> Tensor:
     """[B, n, text_dim] -> [B, rows, text_dim] with zero rows at the end; longer input is cut."""
@@ -25,11 +27,13 @@ def blended(a: Tensor, b: Tensor, weight: float) -> Tensor:
 class TextState:
     """One prompt (or batch of prompts), [B, 512, text_dim] in the compute dtype.
 
-    `embedded` is the prompt after `text_embedding`; `keys_values(layer, attention)` its cached projections.
+    `embedded` is the prompt after `text_embedding`; `keys_values(layer, attention)` its cached projections. `times` is what
+    the same weights make of noise levels, which is good for as long.
     """
 
     def __init__(self, context: Tensor):
         self.context = context
+        self.times = Times()
         self._embedded: Tensor | None = None
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -43,6 +47,10 @@ class TextState:
             context = self.embedded(text_embedding)
             self._cache[layer] = attention.norm_k(attention.k(context)), attention.v(context)
         return self._cache[layer]
+
+    def knows(self, layer: int) -> bool:
+        """Whether the keys and values of a layer are there already."""
+        return layer in self._cache
 
     def mean_key(self, layer: int, attention: nn.Module, text_embedding: nn.Module, heads: int) -> Tensor:
         """[B, H, d] float32: mean of the layer's keys over the rows that are not padding, or over all where all are."""

@@ -24,6 +24,7 @@ RELEASED = {
     "rolling_sink": ("window", *STORE),
     "relax": ("sink", "history", "recent", "candidates", "reservoir", "novelty", *STORE),
     "memflow": ("window", "top_k", "active", "compact", *STORE),
+    "per_step": ("window", "sink", "positions", "limit", "compact", "jitter", "steps", "nearest", "farthest", *STORE),
 }
 
 

@@ -23,5 +23,9 @@ def test_every_check_reports(comfy_checkout, tmp_path):
     assert same["equal"] and checks["noise equal on CPU and GPU"]["equal"]
     variants = [check for name, check in checks.items() if " frames, store " in name]
     assert len(variants) == 6 and all(check["same"] and check["exact"] for check in variants)
+    ways = [check for name, check in checks.items() if " frames, accelerate " in name]
+    assert len(ways) == 5 and all(check["equal"] and check["recorded"] is None for check in ways)  # nothing to do on a CPU
+    fused = [check for name, check in checks.items() if name.startswith("kernel ")]
+    assert "kernels" in checks or len(fused) == 3 and all(check["cubin"] > 0 for check in fused)
     windows = [check for name, check in checks.items() if " frames under " in name]
     assert len(windows) == 4 and all(check["exact"] and check["finite"] for check in windows)

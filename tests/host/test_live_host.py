@@ -103,7 +103,7 @@ def test_the_micro_live_is_offered_where_it_was_trained(tmp_path, monkeypatch, i
     (lambda live, image: sample(live, image[:, :32]), "Crop it to that aspect"),
     (lambda live, image: sample(live, image, start_frames=2), "connect a longer clip"),
     (lambda live, image: sample(live, image.repeat(4, 1, 1, 1)), "nothing to make"),
-    (lambda live, image: sample(live, image, nodes.ForcingActionTrack.execute(4, "0: forward").result[0]), "a camera track"),
+    (lambda live, image: sample(live, image, nodes.ForcingActionTrack.execute(4, "0: forward").result[0]), "the kind camera"),
     (lambda live, image: nodes.ForcingLiveCheckpoint.execute("live-re10k.ckpt", nodes.INSIDE), "Give vae-kl16.ckpt too"),
     (lambda live, image: nodes.ForcingLiveCheckpoint.execute("live-re10k.ckpt", "live-re10k.ckpt"), "no autoencoder"),
     (lambda live, image: camera(4, "turn right") and nodes.ForcingCameraPath.execute(4, "back", 50.0, ""), "Scale the path")])

@@ -3,6 +3,7 @@ import pytest
 import torch
 from comfy.latent_formats import Wan21
 from forcing_pack.forcing_core.conditioning import Held
+from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.evaluate.portrait import AHEAD
 from forcing_pack.forcing_core.micro import face, portrait
 from forcing_pack.forcing_core.micro.face_metrics import correlation
@@ -83,3 +84,28 @@ def test_loudness_opens_the_mouth():
     drive = face.track(4, 1, out[PUPPET].shape[0])
     moved = (quiet[PUPPET] - out[PUPPET]).abs().mean((1, 2, 3))
     assert correlation(moved[None, 16:], drive[:, 3, 16:]).item() > 0.9
+
+
+def opening(wave, rate, frames=65):
+    return portrait.loudness(wave, rate, frames)
+
+
+@pytest.mark.parametrize("rate", [11025, 22050, 44100, 48000])
+def test_every_sample_rate_opens_the_mouth_alike(rate):
+    """Also ten minutes on, where a picture is not a whole number of samples."""
+    drive = face.track(4, 1, 9600)[0, 3]
+    wave = portrait.voice(drive, 16000)
+    other = torch.nn.functional.interpolate(wave[None], size=round(wave.shape[1] * rate / 16000), mode="linear")[0]
+    same, again = opening(wave, 16000, 9600), opening(other, rate, 9600)
+    assert (same - again).abs().max() < 0.15 and correlation(same[None, -160:], again[None, -160:]).item() > 0.99
+
+
+def test_sound_that_is_short_long_silent_or_missing():
+    wave = portrait.voice(face.track(4, 1, 65)[0, 3])
+    short = opening(wave[:, :32000], 16000)
+    assert short[:30].max() > 0 and not short[32:].any()
+    assert opening(wave, 16000, 20).shape == (20,)  # the rest is not used
+    assert not opening(torch.zeros(2, 65000), 16000).any()
+    for samples, rate in ((0, 16000), (999, 16000), (100, 8)):
+        with pytest.raises(ForcingError, match=f"{samples} samples, {rate} a second.*Connect a longer one"):
+            opening(torch.zeros(1, samples), rate)

@@ -18,9 +18,9 @@ NODES = sorted(json.loads(SNAPSHOT.read_text(encoding="utf-8"))) if SNAPSHOT.exi
 ITEM = r"^- \*\*(.+?)\*\*: "
 # Combos that list what is in folders of the user.
 FILE_LISTS = {("ForcingLoadCheckpoint", "checkpoint"), ("ForcingLoadCheckpoint", "lora"), ("ForcingLoadCheckpoint", "vace"),
+              ("ForcingLiveAvatar", "lora"),
               ("ForcingResume", "snapshot"),
               ("ForcingLiveCheckpoint", "checkpoint"), ("ForcingLiveCheckpoint", "autoencoder")}
-WITHOUT_WORKFLOW = {"ForcingActionTrack"}  # there are no weights for actions yet
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,5 @@ def test_help_pages_are_served(comfy_server):
 
 @pytest.mark.parametrize("name", NODES)
 def test_an_example_workflow_uses_the_node(name):
-    if name in WITHOUT_WORKFLOW:
-        pytest.skip(f"{name}: there are no weights for it yet")
     workflows = [json.loads(path.read_text(encoding="utf-8")) for path in (PACK / "workflows").glob("*.json")]
     assert any(node["type"] == name for workflow in workflows for node in workflow["nodes"])

@@ -345,7 +345,7 @@ def test_routes_are_only_added_where_there_is_a_server(monkeypatch):
     routes.register()
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
     routes.register()
-    assert {route.path.split("/")[1] for route in table} == {"forcing"} and len(table) == 5
+    assert {route.path.split("/")[1] for route in table} == {"forcing"} and len(table) == 6
     streams = routes.Streams()
     streams.begin(Live("p.1", "1", "p", 16.0, Steering()))
     assert told == [("forcing.stream", "p.1")]

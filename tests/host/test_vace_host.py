@@ -113,6 +113,12 @@ def test_conditions_with_different_numbers_of_controls_are_refused(model):
         sample(guider(model, one, two, cfg=2.0), sampler(), FRAMES, sigmas=TWO_STEPS)
 
 
+def test_control_on_a_checkpoint_without_its_blocks_is_refused():
+    """ComfyUI would pass over it in silence."""
+    with pytest.raises(ForcingError, match="no VACE blocks.*vace in Forcing Load Checkpoint"):
+        sample(guider(hostkit.plain(), controlled(control())), sampler(), 3, sigmas=TWO_STEPS)
+
+
 # -- the loader ------------------------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -41,13 +41,14 @@ VALUES: dict[str, tuple] = {
     "active": (0, 1, 2), "aligned": FLAG, "alpha": (0.5, 0.0, 0.9, 1.0), "beta": (3.0, 0.0, 12.0), "block": (1, 2, 3, 4),
     "budget": (4, 1, 2, 3, 6, 8, 10), "candidates": (2, 1, 4), "compact": FLAG, "dense": (0, 1, 3, 99), "fast": (4, 1, 2, 3, 6),
     "gamma": (0.1, 0.5), "group": ("head", "block", "token"), "history": (1, 0, 2), "hole": FLAG, "interval": (1, 2, 3, 6),
-    "jitter": (0.0, 0.8), "limit": (1024, 7, 8, 10, 13, 16), "lookahead": (8, 1), "mode": ("surprise", "uniform"),
-    "novelty": (2.0, 0.0),
+    "farthest": (27, 2), "jitter": (0.0, 0.8), "limit": (1024, 7, 8, 10, 13, 16), "lookahead": (8, 1),
+    "mode": ("surprise", "uniform"), "nearest": (1, 2), "novelty": (2.0, 0.0),
     "offload": FLAG, "positions": ("relative", "absolute", "rebased"), "promote": (1, 2, 3), "radius": (1, 0, 2),
     "recent": (3, 0, 1, 2, 4), "references": (1, 2), "released": FLAG, "reservoir": (9, 7, 12, 16),
     "reuse_cap": (None, 1, 2, 7), "sink": (1, 0, 2, 3),
     "sink_dtype": ("model", "float32"),
-    "slow": (2, 1, 3, 5), "store": tuple(CODECS), "stride": (4, 1), "tau": (0.6, 0.2, 0.9, 1.5), "top_k": (1, 0, 2, 3),
+    "slow": (2, 1, 3, 5), "steps": (3, 4),
+    "store": tuple(CODECS), "stride": (4, 1), "tau": (0.6, 0.2, 0.9, 1.5), "top_k": (1, 0, 2, 3),
     "weight": (0.3, 1.0), "window": (6, 4, 5, 7, 8, 9, 12, None),
 }
 STORAGE = ("store", "offload", "dense")  # only where a policy's store takes variants

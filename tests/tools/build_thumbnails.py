@@ -6,11 +6,13 @@ The card of `hello` shows pictures of the bundled model instead, so it needs the
 """
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Callable
 
 import bench
 import stream_pictures
 from examples import COMPARED_MICRO, SMALL
+from examples_clips import CLIPS
 from examples_knot import SHORT
 from examples_long import COMPARED, LONG
 from forcing_pack.forcing_core import plan_view
@@ -18,7 +20,9 @@ from forcing_pack.forcing_core.media import font
 from forcing_pack.forcing_core.micro.source import MicroSource
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.options import from_preset
+from forcing_pack.forcing_core.plan import Block
 from forcing_pack.forcing_core.presets import get
+from forcing_pack.forcing_core.rollout.clips import Clips, lay
 from forcing_pack.forcing_core.standalone import preset_rollout, window_options
 from PIL import Image, ImageDraw
 
@@ -34,7 +38,7 @@ BETWEEN = 10  # plans
 class Card:
     """title: lines of the heading. frames, given: of the plan in latent frames. caches: policies that are drawn, one
     below the other; None is the preset's own. captions: of the bundled model's clips that are shown in place of plans,
-    one a row. rows: makes such clips."""
+    one a row. rows: makes such clips. clips: of a bidirectional model, in place of a preset's plan."""
 
     title: tuple
     text: tuple
@@ -44,6 +48,7 @@ class Card:
     caches: tuple = (None,)
     captions: tuple = ()
     rows: Callable | None = None
+    clips: Clips | None = None
 
 
 CARDS = {
@@ -84,9 +89,15 @@ CARDS = {
                           rows=stream_pictures.restyle_video),
     "portrait_micro": Card(("A portrait", "that speaks"), ("Driven by sound", "Nothing to download"), "self-forcing", 42,
                            caches=(SHORT,)),
+    "portrait_idle": Card(("An idle", "portrait"), ("Moved by live prompts", "Nothing to download"), "self-forcing",
+                          rows=stream_pictures.portrait_idle),
     "portrait_vace": Card(("Portrait", "with VACE"), ("Face from a picture,", "motion from a video"), "self-forcing", 81,
                           caches=(SHORT,)),
+    "portrait_s2v": Card(("Live", "Avatar"), ("A picture and a voice", "12 frames a step, no end"), "live-avatar", 60),
+    "portrait_animate": Card(("Animate", "without end"), ("Clip after clip,", "latents handed over"), "", 74, clips=CLIPS),
     "live_camera": Card(("LIVE",), ("A camera in a picture", "Frame by frame"), "live", rows=stream_pictures.live_camera),
+    "live_steer": Card(("A world", "you steer"), ("Arrow keys, frame by frame", "Nothing to download"), "live",
+                       rows=stream_pictures.live_steer),
 }
 
 
@@ -108,7 +119,7 @@ def draw(card):
     if card.captions or card.rows:
         clips(image, card.rows() if card.rows else [clip(caption, 1) for caption in card.captions])
         return image.resize(SIZE, Image.Resampling.LANCZOS)
-    tables = [table_of(card, cache) for cache in card.caches]
+    tables = [clip_table(card)] if card.clips else [table_of(card, cache) for cache in card.caches]
     high = (LOW - HIGH + BETWEEN) / len(tables)
     for number, table in enumerate(tables):
         plan(pen, table, HIGH + number * high, HIGH + (number + 1) * high - BETWEEN)
@@ -151,6 +162,14 @@ def clip(caption, seed, frames=21):
 def table_of(card, cache):
     options = from_preset(get(card.preset), cache)
     return plan_view.simulate(options.cache, card.frames, given=card.given, steps=len(options.expected) - 1)
+
+
+def clip_table(card):
+    """The same with a row for every clip; what is handed over is given."""
+    rows = [SimpleNamespace(block=Block(clip.index, clip.first + clip.given, clip.frames - clip.given), sink=(), kept=(),
+                            tokens=(), read=range(clip.first, clip.first + clip.given))
+            for clip in lay(card.frames, card.clips)]
+    return SimpleNamespace(rows=rows, frames=card.frames, given=card.frames)
 
 
 def plan(pen, table, top, bottom):

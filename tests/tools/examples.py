@@ -1,9 +1,11 @@
 """The example workflows. Only what differs between them is written down; `Clip` holds what all of them share."""
 import example_streams
+import examples_clips
 import examples_knot
 import examples_live
 import examples_long
 import examples_portrait
+import examples_s2v
 import examples_sparse
 from example_clip import PROMPTS, Clip, MicroClip, widgets
 from example_prompts import DRAWING, FOX, HUMMINGBIRD, POTTER, TEA
@@ -161,5 +163,5 @@ def low_vram_fp8():
 EXAMPLES = {make.__name__: make for make in (
     hello, compare_micro, self_forcing_t2v, causal_forcing_framewise_t2v, causal_forcing_framewise_i2v,
     causal_forcing_pp_2step_t2v, low_vram_fp8, *examples_long.EXAMPLES, *example_streams.EXAMPLES,
-    examples_knot.knot_reference, *examples_portrait.EXAMPLES, *examples_live.EXAMPLES,
-    *examples_sparse.EXAMPLES)}
+    examples_knot.knot_reference, *examples_portrait.EXAMPLES, *examples_clips.EXAMPLES, *examples_live.EXAMPLES,
+    *examples_s2v.EXAMPLES, *examples_sparse.EXAMPLES)}

@@ -1,13 +1,13 @@
-"""The example workflows of LIVE: a camera in a picture, and, where the micro LIVE was trained, keys that move a shape."""
+"""The example workflows of LIVE: a camera in a picture, and keys that move a shape."""
 from example_clip import MODELS, PROMPTS, VIDEO
-from forcing_pack.forcing_core.micro.live import CHOICE, bundled
+from forcing_pack.forcing_core.micro.live import CHOICE
 from forcing_pack.forcing_core.micro.steer import FPS
 from forcing_pack.forcing_core.presets import get
 from graph import Graph
 from notes import bullets, files, hub, licence, seconds, text
 
-SHAPE, SIDE, GRAY, RED = 16, 64, 0x7A7A7A, 0xE61F1F
-KEYS = "0: right\n8: forward\n13: left\n30: back\n42: right\n52:\n60: forward\n68: left"
+INSIDE = "inside the checkpoint"
+KEYS = "2: right\n4: forward\n6: left\n10: back\n14: right\n18: forward\n20: left\n22:"
 CAMERA_FPS = 15
 
 
@@ -19,12 +19,10 @@ def _graph(note, tall):
     return graph
 
 
-def _video(graph, live, track, image, prefix, fps, enlarged=1):
+def _video(graph, live, track, image, prefix, fps):
     graph.group("4  Video", VIDEO)
     graph.column(440)
     images = graph.add("ForcingLiveSampler", live=live, track=track, image=image, seed=1)
-    if enlarged > 1:
-        images = graph.add("ImageScaleBy", image=images, upscale_method="nearest-exact", scale_by=enlarged)
     video = graph.add("CreateVideo", images=images, fps=fps)
     graph.add("SaveVideo", tall=420, video=video, filename_prefix=f"forcing/{prefix}", format="mp4", codec="h264")
     return graph
@@ -32,30 +30,33 @@ def _video(graph, live, track, image, prefix, fps, enlarged=1):
 
 def live_steer():
     note = text(
-        "A world that keys steer, with nothing to download",
-        f"One clip of {seconds(21, FPS)}, 64x64 pixels: the micro LIVE moves the shape of the start picture frame by frame, as "
-        "the action track says. The pictures after the first one are all its own.",
-        bullets("What to change", "**text** of Forcing Action Track: `left`, `right`, `forward` (up) or `back` (down), one at "
-                "a time; an empty line lets go. The shape moves 4 pixels a frame and stops at the edge.",
-                f"**frames**: any length; {FPS} are a second. Time and memory of a frame stay the same.",
-                "**Start picture**: one plain shape of 16 pixels in red, green, blue, yellow, magenta or cyan on dark, light "
-                "or gray. It knows nothing else."),
-        bullets("Then", "*live_camera* drives a camera through a picture of the real world, by the same nodes."),
+        "A world that you steer, with nothing to download",
+        "Press **Run**, click the panel of Forcing LIVE Stream, and hold arrow keys or W, A, S, D. Buttons and a gamepad do "
+        "the same. Every frame is made by the micro LIVE, 64x64 pixels, from the newest seven and from what you hold; the file "
+        "grows until you press *Stop and keep*.",
+        bullets("What to change",
+                f"**length** of Forcing LIVE Stream: 0 is *until you stop*. With 10 it makes {seconds(21, FPS)}.",
+                "**Start picture**: another shape, colour or background. It knows nothing else.",
+                "**Demonstration**: drives until the first key is pressed. `left`, `right`, `forward` (up) or `back` (down), "
+                "one at a time; an empty line lets go.",
+                "**window**: how many frames it sees; with 2 it forgets where it came from."),
+        bullets("Replay", "*Copy* in the panel takes what you pressed. Paste it into **replay**, keep the **seed** (set it to "
+                "*fixed*), and the same video is made again."),
+        bullets("Then", "*live_camera* drives a camera through a picture of the real world."),
         "## Licence\nModel and pack: Apache-2.0. It was trained on generated clips only.")
-    graph = _graph(note, 460)
+    graph = _graph(note, 520)
     graph.group("1  Model", MODELS)
     graph.column(400)
-    live = graph.add("ForcingLiveCheckpoint", checkpoint=CHOICE, autoencoder="inside the checkpoint", dtype="default")
-    graph.group("2  Start picture", PROMPTS)
+    live = graph.add("ForcingLiveCheckpoint", checkpoint=CHOICE, autoencoder=INSIDE, dtype="default")
+    graph.group("2  World", PROMPTS)
     graph.column(320)
-    ground = graph.add("EmptyImage", "Background", width=SIDE, height=SIDE, batch_size=1, color=GRAY)
-    shape = graph.add("EmptyImage", "Shape", width=SHAPE, height=SHAPE, batch_size=1, color=RED)
-    middle = (SIDE - SHAPE) // 2
-    image = graph.add("ImageCompositeMasked", destination=ground, source=shape, x=middle, y=middle, resize_source=False)
-    graph.group("3  Keys", PROMPTS)
-    graph.column(320)
-    track = graph.add("ForcingActionTrack", tall=260, frames=81, text=KEYS)
-    return _video(graph, live, track, image, "live_steer", FPS, 4)
+    image = graph.add("ForcingMicroWorld", "Start picture", shape="circle", colour="red", background="gray")
+    track = graph.add("ForcingActionTrack", "Demonstration", 240, frames=81, text=KEYS)
+    graph.group("3  Play", VIDEO)
+    graph.column(440)
+    graph.add("ForcingLiveStream", tall=760, live=live, image=image, track=track, seed=1, length=0.0, fps=float(FPS),
+              filename_prefix="forcing/live_steer")
+    return graph
 
 
 def live_camera():
@@ -88,4 +89,4 @@ def live_camera():
     return _video(graph, live, path, image, "live_camera", CAMERA_FPS)
 
 
-EXAMPLES = (live_camera, *[live_steer] * bundled())
+EXAMPLES = (live_camera, live_steer)

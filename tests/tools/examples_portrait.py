@@ -1,5 +1,6 @@
 """The example workflows of portraits. Their functions are in the table of `examples`."""
 from example_clip import MODELS, PROMPTS, SAMPLING, VIDEO, Clip, widgets
+from forcing_pack.forcing_core.micro.idle import WORDS
 from forcing_pack.forcing_core.micro.source import ENLARGED
 from forcing_pack.forcing_core.policies import WindowOptions
 from forcing_pack.forcing_core.presets import File, get
@@ -54,6 +55,44 @@ def portrait_micro():
     return clip
 
 
+def portrait_idle():
+    preset = get("self-forcing")
+    note = text(
+        "An idle portrait without an end",
+        "A drawn face that breathes, sways and looks around until you press **Cancel**, and does what you write while it runs. "
+        "Nothing has to be downloaded.",
+        bullets("Steering", "Write another prompt into the panel of Forcing Stream: *looks left and nods*, *speaks*, *lively*, "
+                f"*still*. It knows {', '.join(WORDS)}; other words are refused.",
+                "The transition *soft* goes over in several blocks, *keep* within a second.",
+                "*Pause*, *Stop* and the seed act as in *endless_stream*; the log in the file replays all of it."),
+        bullets("What to change", "**person**: another face. **motion**: another way to sway. **text**: what it does at first.",
+                f"**length** of Forcing Stream: 0 is *until you press Cancel*. With 10 it makes {seconds(42)}.",
+                "**Forcing Knot** keeps the face: its picture stays in memory, ahead in time."),
+        bullets("Mind", "The drawn face has no eyelids, so it does not blink.",
+                "A large model is driven by a video that ends: see *portrait_vace*."),
+        "## Licence\nModel and pack: Apache-2.0. It was trained on drawn faces only.")
+    clip = Graph()
+    clip.group("", "")
+    clip.column(460)
+    clip.add("MarkdownNote", "Read me", 560, text=note)
+    clip.group("1  Model, face and motion", MODELS)
+    clip.column(360)
+    made = clip.add("ForcingIdlePortrait", person=1, motion=1, text="calm")
+    model, moving, words, reference, latent, decoder = (made[n] for n in range(6))
+    clip.group("2  Sampling", SAMPLING)
+    clip.column(340)
+    given = clip.add("ForcingPreset", system=preset.name, cache=clip.add("ForcingCache", **widgets(SHORT)))
+    knot = clip.add("ForcingKnot", sampler=given[0], knot=1, lookahead=8, stride=4, reference=reference)
+    clip.column(280)
+    guider = clip.add("ForcingGuider", model=model, positive=moving, cfg=1.0)
+    noise = clip.add("RandomNoise", noise_seed=33, control_after_generate="randomize")
+    clip.group("3  Stream", VIDEO)
+    clip.column(440)
+    clip.add("ForcingStream", tall=620, noise=noise, guider=guider, sampler=knot, sigmas=given[1], latent_image=latent,
+             vae=decoder, clip=words, length=0.0, filename_prefix="forcing/portrait_idle")
+    return clip
+
+
 class VaceClip(Clip):
     """The same with VACE's control blocks beside the checkpoint."""
 
@@ -69,7 +108,6 @@ class VaceClip(Clip):
 
 def portrait_vace():
     preset = get("self-forcing")
-    length = 4 * LENGTH - 3
     note = text(
         "A portrait that moves as a video does, with its sound",
         f"{seconds(LENGTH)} at {WIDTH}x{HEIGHT}: face from a picture, motion and voice from a video. VACE follows the video's "
@@ -77,28 +115,27 @@ def portrait_vace():
         files_of(preset, VACE),
         "**Mind**: the control blocks are VACE's, the causal weights Self Forcing's; nobody trained the two together. The "
         "voice is heard, but only the video's outlines move the lips.",
-        bullets("What to change", "**The face**: a picture, upright, face in the middle.",
-                "**The motion**: a video with 16 frames a second, cut as the picture is.",
+        bullets("What to change", "**The face**: a picture, upright. **fit** says how it is cut; with *Detect Face Landmarks "
+                "(MediaPipe)* connected, a picture without a face or with several is refused.",
+                "**The motion**: a video of any rate and size. **short** says what comes behind its end.",
                 "**Outlines** show the other person's face, too. A pose video (DWPose or the like) in their place moves the "
                 "head and leaves the face alone.",
-                f"**Longer**: *length* of WanVaceToVideo in frames ({length} now) and of Forcing Stream in seconds. "
+                "**Longer**: *length* of the latent and of Forcing Stream. "
                 "VRAM does not grow; the control takes 0.4 GB of RAM a minute, and the decoded driving video 3.5 GB.",
                 "**strength** of WanVaceToVideo: lower it where the outlines are followed too closely.",
                 "**Prompt 2** is the negative one, which this system does not use.",
-                f"**Size**: in the latent, in WanVaceToVideo and in both *Cut*. {MATCH}"),
+                f"**Size**: in the latent and in WanVaceToVideo. {MATCH}"),
         licence(preset))
     clip = VaceClip(preset, note, 900, SPEAKER, "").empty(LENGTH, "latent frames", WIDTH, HEIGHT)
     clip.group("3  Face and motion", PROMPTS)
     clip.column(320)
     picture = clip.add("LoadImage", "The face", 380, image="example.png")
-    face = clip.add("ImageScale", "Cut of the face", **_cut(picture))
-    reference = clip.add("VAEEncode", pixels=face, vae=clip.vae)
+    reference = clip.add("ForcingPortraitReference", vae=clip.vae, image=picture, latent=clip.latent)
     clip.column(320)
-    parts = clip.add("GetVideoComponents", video=clip.add("LoadVideo", "The motion", 300))
-    motion = clip.add("ImageScale", "Cut of the motion", **_cut(parts[0]))
+    motion = clip.add("ForcingDrivingVideo", video=clip.add("LoadVideo", "The motion", 300), latent=clip.latent)
     outlines = clip.add("Canny", "Outlines", image=motion, low_threshold=0.1, high_threshold=0.3)
     control = clip.add("WanVaceToVideo", positive=clip.prompts[0], negative=clip.prompts[1], vae=clip.vae, width=WIDTH,
-                       height=HEIGHT, length=length, strength=0.8, control_video=outlines)
+                       height=HEIGHT, length=motion[2], strength=0.8, control_video=outlines)
     clip.sampling("4  Sampling")
     clip.by_preset(cache=clip.add("ForcingCache", **widgets(SHORT)))
     clip.sampler = clip.add("ForcingKnot", sampler=clip.sampler, knot=1, lookahead=8, stride=4, reference=reference)
@@ -108,12 +145,8 @@ def portrait_vace():
     clip.group("5  Video", VIDEO)
     clip.column(440)
     clip.add("ForcingStream", tall=620, noise=noise, guider=guider, sampler=clip.sampler, sigmas=clip.sigmas,
-             latent_image=clip.latent, vae=clip.vae, audio=parts[1], length=20.0, filename_prefix="forcing/portrait")
+             latent_image=clip.latent, vae=clip.vae, audio=motion[1], length=20.0, filename_prefix="forcing/portrait")
     return clip
 
 
-def _cut(image):
-    return {"image": image, "upscale_method": "bicubic", "width": WIDTH, "height": HEIGHT, "crop": "center"}
-
-
-EXAMPLES = (portrait_micro, portrait_vace)
+EXAMPLES = (portrait_micro, portrait_idle, portrait_vace)

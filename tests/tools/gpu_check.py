@@ -2,8 +2,9 @@
 
 Runs ComfyUI's own autoregressive sampler and ours on one random network of the 1.3B shape (bf16, 832x480):
 bit-identity, speed, a windowed long run, memory announced against memory taken, quantised and offloaded stores, fp8
-weights, torch.compile, and the same run while other data leaves little room. Every check prints a line; the JSON
-holds all numbers. Without a card it goes through the same steps on a tiny network, to show that the script works.
+weights, torch.compile, fused kernels and CUDA graphs, and the same run while other data leaves little room. Every check
+prints a line; the JSON holds all numbers. Without a card it goes through the same steps on a tiny network, to show that the
+script works, and compiles the fused kernels for a card, where Triton is installed.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import sys
 import time
 import types
@@ -202,6 +204,99 @@ def check_compile(rig: Rig, base: torch.Tensor) -> None:
            relative=float((again[0] - base).norm() / base.norm()))
 
 
+POINTERS = {"table": "*fp32", "slots": "*i64"} | dict.fromkeys(("x", "y", "shift", "scale", "gate", "out", "weight", "raw",
+                                                                "roped"), "*bf16")
+CONSTANTS = {"BLOCK": 2048, "RAW": True, "ROPED": True}
+
+
+def compile_kernel(name: str) -> None:
+    """For an A100, which need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    kernel = importlib.import_module(f"forcing_pack.forcing_core.kernels.{name}")._kernel
+    constants = {(i,): CONSTANTS[arg] for i, arg in enumerate(kernel.arg_names) if arg in CONSTANTS}
+    types = {arg: "constexpr" if arg in CONSTANTS else POINTERS.get(arg, "fp32" if arg == "eps" else "i32")
+             for arg in kernel.arg_names}
+    made = triton.compile(triton.compiler.ASTSource(kernel, types, constants), target=GPUTarget("cuda", 80, 32))
+    report(f"kernel {name}, compiled", ptx=len(made.asm["ptx"]), cubin=len(made.asm["cubin"]))
+
+
+def timed(work) -> float:
+    """Milliseconds of one of twenty calls, after three."""
+    for _ in range(3):
+        work()
+    started = now()
+    for _ in range(20):
+        work()
+    return (now() - started) * 50
+
+
+def check_kernel(name: str, fused, plain, exact) -> None:
+    distance = {kind: float((made().double() - exact).norm() / exact.norm())
+                for kind, made in (("fused", fused), ("plain", plain))}
+    report(f"kernel {name}, {DTYPE}", fused_ms=timed(fused), plain_ms=timed(plain), relative=distance,
+           good=distance["fused"] <= 1.01 * distance["plain"] + 1e-6)
+
+
+def check_kernels() -> None:
+    """Each fused kernel against plain torch, both against float64, on one block of 832x480."""
+    from forcing_pack.forcing_core.kernels import has_triton, plain
+    from forcing_pack.forcing_core.rope import Rope, rotate
+    if not has_triton():
+        report("kernels", missing="Triton is not installed")
+        return
+    os.environ.pop("TRITON_INTERPRET", None)
+    modulate, gate, turn = (importlib.import_module(f"forcing_pack.forcing_core.kernels.{name}")
+                            for name in ("modulate", "gate", "rotate"))
+    if not CUDA:
+        for name in ("modulate", "gate", "rotate"):
+            compile_kernel(name)
+        return
+    frames, cells, heads, width = 3, 30 * 52, 12, 1536
+    x, y = (torch.randn(1, frames * cells, width, device=DEVICE).to(DTYPE) for _ in range(2))
+    m = torch.randn(1, frames, 6, width, device=DEVICE).to(DTYPE)
+    shift, scale, by = (part.unsqueeze(2) for part in m.unbind(2)[:3])
+    wide = [t.double() for t in (x, y, shift, scale, by)]
+    norm = torch.nn.LayerNorm(width, 1e-6, elementwise_affine=False)
+    rms = torch.nn.RMSNorm(width, 1e-6, device=DEVICE, dtype=DTYPE).requires_grad_(False)
+    table = Rope((30, 52), width // heads, DEVICE).table([40, 41, 42])
+    slots = torch.tensor([4, 0, 2], device=DEVICE)
+    out = torch.zeros(1, 6, cells, heads, width // heads, device=DEVICE, dtype=DTYPE)
+
+    def keys():
+        turn.norm_rotate(x, rms.weight, rms.eps, table, slots, None, out)
+        return out[:, [4, 0, 2]].flatten(1, 2)
+
+    def pairs(t):
+        return torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * table).flatten(-2)
+
+    check_kernel("modulate", lambda: modulate.modulate(x, shift, scale, 1e-6), lambda: plain.modulate(norm, x, shift, scale),
+                 plain.modulate(norm, wide[0], wide[2], wide[3]))
+    check_kernel("gate", lambda: gate.gate(x, y, by), lambda: plain.gate(x, y, by), plain.gate(wide[0], wide[1], wide[4]))
+    check_kernel("rotate", keys, lambda: rotate(plain.normed(rms, x, heads), table),
+                 pairs(torch.nn.functional.rms_norm(wide[0], (width,), None, 1e-6).unflatten(2, (heads, -1))))
+
+
+def check_accelerated(rig: Rig, total: int) -> None:
+    """The same long video every way. CUDA graphs give the same bits; fused kernels and paging may not be used everywhere."""
+    from forcing_pack.forcing_core.accelerate import WAYS
+    from forcing_pack.nodes import host
+    used, base = [], None
+    plain = host.HostDenoiser.free
+    host.HostDenoiser.free = lambda self: (used.append(self._forwards.graphs), plain(self))
+    for name in WAYS:
+        sampler = causal_sampler(cache=window(12, sink=3, positions="relative"), accelerate=name)
+        used.clear()
+        out, seconds, marks = rig.run(sampler, total)
+        blocks = [b - a for a, b in zip(marks[4::5], marks[9::5])]
+        base, graphs = out if base is None else base, used[0]
+        late = sorted(blocks[len(blocks) // 2:])
+        report(f"{total} frames, accelerate {name}", seconds=seconds, late_block=late[len(late) // 2], peak_gb=peak_gb(),
+               equal=torch.equal(out, base), relative=float((out - base).norm() / base.norm()),
+               recorded=graphs and graphs.recorded, replayed=graphs and graphs.replayed, off=graphs and graphs.off)
+    host.HostDenoiser.free = plain
+
+
 def check_tight(state: dict, leave_gb: float, dynamic: bool) -> None:
     """The same run with only `leave_gb` free: weights must make room for the store, not the other way round."""
     import comfy.model_management as mm
@@ -247,6 +342,8 @@ def main(argv: list[str] | None = None) -> int:
         check_variants(rig, 30)
         check_fp8(state, base)
         check_compile(rig, base)
+        check_kernels()
+        check_accelerated(rig, 60 if CUDA else 24)
         del rig
     if CUDA:
         check_tight(state, 7.0, args.dynamic)

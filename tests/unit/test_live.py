@@ -176,7 +176,7 @@ def test_a_flush_leaves_the_newest_frames(net):
 BAD = {
     "no start": (lambda net, given: video(net, given[:, :, :0]), "at least one start picture"),
     "short track": (lambda net, given: video(net, given, track=track(4)), "Make the track 7 frames long"),
-    "actions": (lambda net, given: video(net, given, track=ActionTrack(torch.zeros(7, 25))), "Connect a camera track"),
+    "actions": (lambda net, given: video(net, given, track=ActionTrack(torch.zeros(7, 25))), "a track of the kind camera"),
     "long window": (lambda net, given: video(net, given, window=5), "Use 2 to 4"),
     "aspect": (lambda net, given: video(net, given.repeat(1, 1, 1, 2, 1)), "pictures of 64x64 pixels"),
     "no context": (lambda net, given: LiveDenoiser(net, track(), NOISE, CLEAN, 4)(given, (CLEAN,), 3, "noisy"), "Give 3 start"),

@@ -207,7 +207,7 @@ def test_actions_outside_the_trained_set_are_refused(make, fix):
 def test_tracks_that_do_not_fit_are_refused(path):
     with pytest.raises(ForcingError, match="Make the track 20 frames long"):
         check_track(CameraTrack(path, (16, 16)), LiveConfig(), 20)
-    with pytest.raises(ForcingError, match="Connect a camera track"):
+    with pytest.raises(ForcingError, match="Connect a track of the kind camera"):
         check_track(ActionTrack(torch.zeros(12, 25)), LiveConfig(), 12)
     with pytest.raises(ForcingError, match="kind camera, not pose"):
         check_track(PoseTrack(path), LiveConfig(), 12)

@@ -36,8 +36,8 @@ def test_a_seed_is_a_world_and_a_play(worlds, play):
 
 
 def test_keys_move_by_a_place_up_to_the_edge():
-    start, play = torch.tensor([[4, 0]]), torch.tensor([[UP, RIGHT, RIGHT, DOWN, NONE, LEFT, UP]])
-    assert steer.walk(start, play).tolist() == [[[4, 0], [5, 0], [5, 0], [5, 1], [5, 1], [4, 1], [4, 0]]]
+    start, play = torch.tensor([[0, 0]]), torch.tensor([[UP, RIGHT, RIGHT, DOWN, NONE, LEFT, UP]])
+    assert steer.walk(start, play).tolist() == [[[0, 0], [1, 0], [1, 0], [1, 1], [1, 1], [0, 1], [0, 0]]]
     assert steer.taken(steer.walk(start, play), play).tolist() == [[NONE, RIGHT, NONE, DOWN, NONE, LEFT, UP]]
 
 

@@ -1,4 +1,4 @@
-"""The portrait workflows: the files are what their functions describe, and sound and picture reach the video together."""
+"""The portrait workflows: the files are what their functions describe; sound, picture and words reach the right places."""
 import importlib
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACK = Path(__file__).resolve().parents[2]
-NAMES = ("portrait_micro", "portrait_vace")
+NAMES = ("portrait_micro", "portrait_idle", "portrait_vace")
 
 
 @pytest.fixture(params=NAMES)
@@ -44,20 +44,23 @@ def feeding(described, kind, entry):
     return types[source], output
 
 
-# name -> (node that gets the sound, where it comes from), where the driving conditioning comes from
-SOURCES = {"portrait_micro": (("CreateVideo", ("ForcingMicroPortrait", 5)), "ForcingMicroPortrait"),
-           "portrait_vace": (("ForcingStream", ("GetVideoComponents", 1)), "WanVaceToVideo")}
+# name -> (node, its input, where that comes from): of the sound, or of the words where there is none
+SOURCES = {"portrait_micro": ("CreateVideo", "audio", ("ForcingMicroPortrait", 5)),
+           "portrait_idle": ("ForcingStream", "clip", ("ForcingIdlePortrait", 2)),
+           "portrait_vace": ("ForcingStream", "audio", ("ForcingDrivingVideo", 1))}
+MOTION = {"portrait_micro": "ForcingMicroPortrait", "portrait_idle": "ForcingIdlePortrait", "portrait_vace": "WanVaceToVideo"}
+FACE = {"portrait_micro": ("ForcingMicroPortrait", 2), "portrait_idle": ("ForcingIdlePortrait", 3),
+        "portrait_vace": ("ForcingPortraitReference", 0)}
 
 
-def test_sound_comes_from_where_the_motion_does(name, described):
-    (node, sound), motion = SOURCES[name]
-    assert feeding(described, node, "audio") == sound
-    assert feeding(described, "ForcingGuider", "positive")[0] == motion
+def test_sound_and_words_come_from_where_the_motion_does(name, described):
+    node, entry, source = SOURCES[name]
+    assert feeding(described, node, entry) == source
+    assert feeding(described, "ForcingGuider", "positive")[0] == MOTION[name]
 
 
 def test_the_face_is_the_reference_of_a_knot(name, described):
-    assert feeding(described, "ForcingKnot", "reference") == (
-        ("ForcingMicroPortrait", 2) if name == "portrait_micro" else ("VAEEncode", 0))
+    assert feeding(described, "ForcingKnot", "reference") == FACE[name]
     widgets, = (node["widgets"] for node in described["nodes"] if node["type"] == "ForcingKnot")
     assert widgets["knot"] == 1
     cache, = (node["widgets"] for node in described["nodes"] if node["type"] == "ForcingCache")

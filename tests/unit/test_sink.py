@@ -62,6 +62,20 @@ def test_lossless_is_lossless_at_odd_sizes_too(tmp_path):
     assert numpy.array_equal(numpy.stack(decoded(sink.path)[3]), wanted)
 
 
+@pytest.mark.parametrize("size", [(32, 48), (31, 47)])
+def test_sixteen_bits_come_back_to_the_last_one(tmp_path, size):
+    """Every value, and eight bits as the value that they stand for."""
+    wanted = numpy.random.default_rng(1).integers(0, 65536, (5, *size, 3), numpy.uint16)
+    wanted[0].flat[:2] = 0, 65535
+    with VideoSink(tmp_path / "a", kind="mkv lossless 16 bit", keep=True) as sink:
+        sink.write(wanted)
+        sink.write(frames(3, *size))
+        assert numpy.array_equal(sink.tail()[5], frames(3, *size)[0] * numpy.uint16(257))
+    with av.open(str(sink.path)) as container:
+        made = numpy.stack([frame.to_ndarray(format="rgb48le") for frame in container.decode(video=0)])
+    assert numpy.array_equal(made[:5], wanted) and numpy.array_equal(made[5:] / 65535, frames(3, *size) / 255)
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_file_plays_while_it_is_written(tmp_path, kind):
     """What a crash leaves: all but the newest seconds."""

@@ -19,6 +19,7 @@ from forcing_pack.forcing_core.policies import (
     DeepCompressOptions,
     MemFlowOptions,
     MergingOptions,
+    PerStepOptions,
     RecencyOptions,
     RecomputeOptions,
     ReferenceOptions,
@@ -76,6 +77,7 @@ POLICIES = {
     "routing, tokens": RoutingOptions(1, 1, 1, "token", 8, 2),
     "merging": MergingOptions(0.3, 1, 1, budget=2, block=2),
     "rolling_sink": RollingSinkOptions(4, 2),
+    "per_step": PerStepOptions(5, 1, 2, steps=2),
     "merging, compact": MergingOptions(1.1, 1, 1, budget=3, block=1, limit=8, compact=True),
 }
 VARIANTS = [{"store": "int8"}, {"store": "fp8"}, {"store": "int8", "dense": 3}, {"offload": True},

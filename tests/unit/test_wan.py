@@ -10,8 +10,9 @@ from forcing_pack.forcing_core.policies import WindowOptions
 from forcing_pack.forcing_core.rollout import Switch, block_rollout
 from forcing_pack.forcing_core.schedule import Level, levels
 from forcing_pack.forcing_core.wan import WanModel
-from forcing_pack.forcing_core.wan.forward import timestep_embedding, unpatchify
+from forcing_pack.forcing_core.wan.forward import unpatchify
 from forcing_pack.forcing_core.wan.text import pad_rows
+from forcing_pack.forcing_core.wan.times import timestep_embedding
 from forcing_testkit.forcing_corekit import CHANNELS, cached, gap, latents, network, prompts
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 WEB = Path(__file__).resolve().parents[2] / "web"
-MODULES = ("timeline_model", "timeline_edits", "live_player", "live_client", "live_panel", "timeline_view", "strings", "dom")
+MODULES = ("timeline_model", "timeline_edits", "live_player", "live_client", "live_panel", "live_holder", "live_pad",
+           "timeline_view", "strings", "dom")
 NODE_MAIN = """
 const modules = Object.fromEntries(await Promise.all(%s.map(async name => [name, await import(`./${name}.js`)])))
 const run = %s

@@ -15,7 +15,9 @@ import av
 import jsonschema
 import pytest
 import torch
-from forcing_testkit import micro, tiny
+from forcing_pack.forcing_core.micro import face, live, portrait
+from forcing_pack.forcing_core.streaming import Audio, VideoSink
+from forcing_testkit import micro, tiny, tiny_vace
 from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]
@@ -27,20 +29,22 @@ FRAMES = {"hello": 21, "self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 2
           "longlive_60s_prompts": 240, "multi_scene_story": 81, "rolling_forcing_30s": 120, "reward_forcing_60s": 240,
           "deep_forcing_60s": 240, "compare_long_self_forcing": 60, "compare_micro": 42,
           "endless_stream": 42, "resume_and_branch": 42, "video_continuation": 33, "restyle_video": 21, "live_camera": 21,
-          "knot_reference": 81, "sparse_micro": 21, "portrait_micro": 42, "portrait_vace": 81}
+          "live_steer": 21, "knot_reference": 81, "sparse_micro": 21, "portrait_micro": 42, "portrait_idle": 42,
+          "portrait_vace": 81, "portrait_animate": 74}
 NAMES = sorted(FRAMES)
 # Decoding 30 s takes minutes on a CPU: 14 blocks, or 10, are still more than any window.
 SHORTER = {**dict.fromkeys(("longlive_30s", "longlive_60s_prompts", "multi_scene_story", "rolling_forcing_30s",
                             "reward_forcing_60s", "deep_forcing_60s"), (10.0, 42)), "compare_long_self_forcing": (7.5, 30),
-           "knot_reference": (42, 42)}
+           "knot_reference": (42, 42), "portrait_vace": (42, 42)}
 # run as they are, with the bundled model
 BUNDLED = ("hello", "compare_micro", "endless_stream", "resume_and_branch", "video_continuation", "restyle_video",
-           "sparse_micro", "portrait_micro")
-# No tiny files here: LIVE has a network of its own, and a VACE file is joined to another. See tests/host/test_live_host.py,
-# and test_vace_host.py.
-NOT_RUN = ("live_camera", "portrait_vace")
+           "sparse_micro", "portrait_micro", "portrait_idle", "live_steer")
+# No tiny files here: LIVE has a network of its own, Animate a motion encoder and a pose detector of one size only. See
+# tests/host/test_live_host.py and test_clips_host.py.
+NOT_RUN = ("live_camera", "portrait_animate")
 ENDLESS = 10.0  # seconds that an endless stream is stopped after
 ALIKE = {"resume_and_branch": 24}  # latent frames that the videos of a workflow have in common
+COMES_ALONG = ("none", "micro LIVE", "inside the checkpoint")  # choices of loaders that no file is downloaded for
 PAGE_NODES = {"MarkdownNote"}  # drawn by the page, unknown to the server
 TITLE = 30
 DROP_DOWN = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
@@ -169,7 +173,7 @@ def test_loaders_say_where_their_files_come_from(nodes):
     for node in nodes:
         models = node["properties"].get("models", [])
         values = [node["widgets_values"][slot] for slot in chosen.get(node["type"], ())]
-        assert [model["name"] for model in models] == [value for value in values if value != "none"], node["type"]
+        assert [model["name"] for model in models] == [value for value in values if value not in COMES_ALONG], node["type"]
         for model in models:
             url = urllib.parse.urlsplit(model["url"])
             assert (url.scheme, url.netloc) == ("https", "huggingface.co") and "/resolve/main/" in url.path
@@ -288,8 +292,18 @@ def ready_server(comfy_server, comfy_models):
         tiny.tiny_wan(weights / f"{name}.pt", prefix="model.", container=key)
     tiny_lora(loras / "lora.pt")
     tiny.tiny_wan_vae(comfy_models / "vae" / "wan_2.1_vae.safetensors")
+    tiny_vace.tiny_vace(weights / "wan2.1_vace_1.3B_fp16.safetensors")
     Image.linear_gradient("L").convert("RGB").save(comfy_server.base / "input" / "example.png")
+    driving_video(comfy_server.base / "input" / "driving")
     return comfy_server
+
+
+def driving_video(path):
+    """A face that moves and hums for 4 s, of another size and rate than the model's."""
+    drive = face.track(3, 1, 100)
+    pictures = face.paint(face.identities(2, 1), drive, 96)[0].add(1).mul(127.5).byte().permute(1, 2, 3, 0)
+    with VideoSink(path, 25, audio=Audio(portrait.voice(drive[0, 3, :64]).numpy(), 16000)) as sink:
+        sink.write(pictures.numpy())
 
 
 def without_encoder(prompt, seconds=None):
@@ -312,8 +326,12 @@ def without_encoder(prompt, seconds=None):
             node, inputs = {"class_type": "TestTextEncode"}, {"text": inputs["text"]}
         if node["class_type"] == "ForcingEmptyLatent":
             inputs |= {"width": 64, "height": 64} | ({"length": seconds} if seconds else {})
-        if node["class_type"] == "ImageScale":
+        if node["class_type"] in ("ImageScale", "WanVaceToVideo"):
             inputs |= {"width": 64, "height": 64}
+        if node["class_type"] == "ForcingStream":
+            inputs["length"] *= share
+        if node["class_type"] == "LoadVideo":
+            inputs["file"] = "driving.mp4"
         out[key] = {"class_type": node["class_type"], "inputs": inputs}
     return out
 
@@ -327,10 +345,10 @@ def only(prompt, kind):
     return key
 
 
-def pictures(path, width):
-    """Pictures [H, W, 3] of a video of 16 a second."""
+def pictures(path, width, fps=16):
+    """Pictures [H, W, 3] of a video of `fps` a second."""
     with av.open(str(path)) as video:
-        assert (video.streams.video[0].width, video.streams.video[0].average_rate) == (width, 16)
+        assert (video.streams.video[0].width, video.streams.video[0].average_rate) == (width, fps)
         return [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
 
 
@@ -338,6 +356,12 @@ def pictures(path, width):
 def bundled(require):
     require(micro.trained(), "web tests of the bundled model: its weights are not in forcing_core/micro/weights",
             "run 'python -m forcing_core train micro --out forcing_core/micro/weights', or check out the whole repository")
+
+
+@pytest.fixture
+def live_bundled(bundled, require):
+    require(live.bundled(), "web tests of the micro LIVE: its weights are not in forcing_core/micro/weights",
+            "run 'python -m forcing_core train live --out forcing_core/micro/weights', or check out the whole repository")
 
 
 def test_run_button_makes_the_video_of_the_bundled_model(bundled, comfy_server, comfy_page):
@@ -356,19 +380,19 @@ def test_run_button_makes_the_video_of_the_bundled_model(bundled, comfy_server, 
 def test_makes_its_video(ready_server, comfy_page, name, request):
     """Where there are several, they differ in the end: every column has its own memory."""
     if name in BUNDLED:
-        request.getfixturevalue("bundled")
+        request.getfixturevalue("live_bundled" if name == "live_steer" else "bundled")
     comfy_page.load_workflow(FOLDER / f"{name}.json")
     seconds, frames = SHORTER.get(name, (None, FRAMES[name]))
     prompt = comfy_page.graph_to_prompt()
-    for key in every(prompt, "ForcingStream"):
+    for key in every(prompt, "ForcingStream") + every(prompt, "ForcingLiveStream"):
         prompt[key]["inputs"]["length"] = prompt[key]["inputs"]["length"] or ENDLESS
     entry = ready_server.run(prompt if name in BUNDLED else without_encoder(prompt, seconds), timeout=280)
     seen = []
-    for key in every(prompt, "SaveVideo") + every(prompt, "ForcingStream"):
+    for key in (key for kind in ("SaveVideo", "ForcingStream", "ForcingLiveStream") for key in every(prompt, kind)):
         video, = ready_server.files(entry, key)
         assert video.parent.name == "forcing" and video.suffix == ".mp4"
         enlarged = name in BUNDLED and prompt[key]["class_type"] == "SaveVideo"
-        seen.append(pictures(video, 256 if enlarged else 64))
+        seen.append(pictures(video, 256 if enlarged else 64, 8 if name == "live_steer" else 16))
         assert len(seen[-1]) == 1 + 4 * (frames - 1)
     assert len({made[-1].tobytes() for made in seen}) == len(seen) > 0
     for number in range(1 + 4 * (ALIKE.get(name, 0) - 1)):

@@ -1,0 +1,73 @@
+"""Which kernels a forward calls: a row for plain torch, a row for Triton."""
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import plain
+from .keys import Meet, Meeting, can_meet
+from .ordinary import Ordinary, ordinary
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 16384  # numbers of a row that one program holds
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """modulate: (norm, x, shift, scale), gate: (x, y, by), as in `plain`. meet(pass): how that pass takes queries and keys
+    that no norm has seen, (layer, attention, heads, q, k, v) -> what `exchange` returns; None where they meet as always.
+    """
+
+    modulate: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+    gate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    meet: Callable[[Any], Meet | None]
+
+
+PLAIN = Kernels(plain.modulate, plain.gate, lambda now: None)
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed. CUDA builds of torch for Linux bring it; nothing here asks for it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on_card(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def fused(norms: Ordinary = ordinary, here: Callable[[Tensor], bool] = _on_card) -> Kernels:
+    """The Triton kernels where a tensor is `here` and the norm is one that may be taken apart, plain torch elsewhere.
+
+    norms: says which may; a host has its own classes. Needs Triton.
+    """
+    from .gate import gate
+    from .modulate import modulate
+
+    def fits(x: Tensor, *by: Tensor) -> bool:
+        return here(x) and x.dtype in TYPES and x.shape[-1] <= WIDEST and all(t.stride(-1) == 1 for t in by)
+
+    def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        able = fits(x, shift, scale) and norms(norm, x) and norm.weight is None and norm.normalized_shape == x.shape[-1:]
+        return modulate(x, shift, scale, norm.eps) if able else plain.modulate(norm, x, shift, scale)
+
+    def gated(x: Tensor, y: Tensor, by: Tensor) -> Tensor:
+        return (gate if fits(x, by) and y.dtype == x.dtype else plain.gate)(x, y, by)
+
+    def meet(now: Any) -> Meet | None:
+        return Meeting(now, norms) if can_meet(now) and here(now.turn) else None
+
+    return Kernels(modulated, gated, meet)
+
+
+# name -> kernels(norms)
+KERNELS: dict[str, Callable[[Ordinary], Kernels]] = {"plain": lambda norms: PLAIN, "triton": fused}
+
+
+def kernels_for(device: torch.device | str, norms: Ordinary = ordinary) -> Kernels:
+    """The Triton row on an NVIDIA or AMD card with Triton, the plain one elsewhere."""
+    able = torch.device(device).type == "cuda" and has_triton()
+    return KERNELS["triton" if able else "plain"](norms)
