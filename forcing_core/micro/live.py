@@ -26,6 +26,7 @@ AT_ONCE = 64  # pictures that go through the VAE together
 CHOICE = "micro LIVE"  # what a list of checkpoints calls it
 # name -> what it is
 NETWORKS = {"live_plain": "trained on true clips alone", "live_cycle": "trained with cycle consistency as well"}
+SHIPPED = "live_plain"  # what nodes offer: the one that obeys for longer
 
 
 def live_config(dim: int, layers: int) -> LiveConfig:
@@ -34,7 +35,7 @@ def live_config(dim: int, layers: int) -> LiveConfig:
                       condition="action", condition_dim=25, cell=CELL, actions=tuple(NAMES.values()))
 
 
-def path(name: str = "live_cycle", folder: Path | None = None) -> Path:
+def path(name: str = SHIPPED, folder: Path | None = None) -> Path:
     """The file of one of NETWORKS, by default among the package's own weights. Raises ForcingError for another name and where
     the file is missing."""
     if name not in NETWORKS:
@@ -48,8 +49,8 @@ def path(name: str = "live_cycle", folder: Path | None = None) -> Path:
 
 
 def bundled() -> bool:
-    """Whether the network that nodes offer, the default of `path`, was trained: the package does not come with it."""
-    return (bundle.WEIGHTS / "micro_live_cycle.safetensors").is_file()
+    """Whether the network that nodes offer, the default of `path`, is there."""
+    return (bundle.WEIGHTS / f"micro_{SHIPPED}.safetensors").is_file()
 
 
 def read(file: Path) -> LiveModel:

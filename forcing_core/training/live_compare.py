@@ -35,7 +35,7 @@ class Options:
 
     seconds: int = 60
     worlds: int = 6
-    steps: int = 6
+    steps: int = 12
     back: int = 10
     seed: int = 1
 

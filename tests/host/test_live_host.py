@@ -90,7 +90,7 @@ def test_the_micro_live_is_offered_where_it_was_trained(tmp_path, monkeypatch, i
     monkeypatch.setattr(bundle, "WEIGHTS", tmp_path)
     assert micro.CHOICE not in nodes.checkpoints()
     told = {"forcing.training": json.dumps({"settings": {"dim": 32, "layers": 1}})}
-    save_file(fill(LiveModel(micro.live_config(32, 1)), 1).state_dict(), tmp_path / "micro_live_cycle.safetensors", told)
+    save_file(fill(LiveModel(micro.live_config(32, 1)), 1).state_dict(), tmp_path / f"micro_{micro.SHIPPED}.safetensors", told)
     assert nodes.checkpoints()[0] == micro.CHOICE
     live = nodes.ForcingLiveCheckpoint.execute(micro.CHOICE, nodes.INSIDE, "fp32").result[0]
     left, right = (nodes.ForcingActionTrack.execute(FRAMES, f"0: {key}").result[0] for key in ("left", "right"))

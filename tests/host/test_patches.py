@@ -193,15 +193,16 @@ def counted(model, names):
 
 def test_weights_are_only_reached_by_calling_modules():
     """Offloaded, paged and quantised weights exist only inside the module's own forward; nothing is computed after
-    the last layer's keys and values in a clean pass, and text keys once a run."""
+    the last layer's keys and values in a clean pass, text keys once a run, and noise levels once each."""
     block = "blocks.1."
-    every = ["patch_embedding", "time_embedding", "time_projection", "blocks.0.ffn.0", "blocks.0.self_attn.o",
+    every = ["patch_embedding", "blocks.0.ffn.0", "blocks.0.self_attn.o",
              block + "norm1", block + "self_attn.k", block + "self_attn.v", block + "self_attn.norm_k"]
     noisy = ["head", "head.head", block + "self_attn.q", block + "self_attn.o", block + "self_attn.norm_q",
              block + "norm3", block + "cross_attn.q", block + "cross_attn.o", block + "norm2", block + "ffn.0",
              block + "ffn.2"]
     once = ["text_embedding", block + "cross_attn.k", block + "cross_attn.v", block + "cross_attn.norm_k"]
-    expected = {**dict.fromkeys(every, NOISY + CLEAN), **dict.fromkeys(noisy, NOISY), **dict.fromkeys(once, 1)}
+    levels = dict.fromkeys(["time_embedding", "time_projection"], len(TWO_STEPS))  # two noisy ones and the clean one
+    expected = {**dict.fromkeys(every, NOISY + CLEAN), **dict.fromkeys(noisy, NOISY), **dict.fromkeys(once, 1), **levels}
     assert counted(plain(), expected) == expected
 
 

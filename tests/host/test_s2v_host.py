@@ -15,6 +15,7 @@ from forcing_pack.nodes.sampling import ForcingPreset
 from forcing_testkit import densekit, hostkit, tiny, tiny_s2v
 from forcing_testkit.forcing_corekit import gap
 from forcing_testkit.hostkit import TWO_STEPS, guider, sampler, text
+from forcing_testkit.testnodes.voice import Ear
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -212,20 +213,10 @@ def vae(tmp_path_factory):
     return comfy.sd.VAE(sd=load_file(tiny.tiny_wan_vae(tmp_path_factory.mktemp("vae") / "vae.safetensors")))
 
 
-class Encoder:
-    """Stands for the 1.2 GB voice encoder: as many features of as many layers, at its rate, from the sound's own numbers."""
-
-    def encode_audio(self, waveform, sample_rate):
-        seconds = waveform.shape[-1] / sample_rate
-        loud = torch.nn.functional.adaptive_avg_pool1d(waveform.abs().mean(1), int(50 * seconds))
-        layers = torch.sin(loud[..., None] * torch.linspace(1, 60, tiny_s2v.SOUND_DIM))  # norms would hide a mere scale
-        return {"encoded_audio_all_layers": [(i + 1) / 10 * layers for i in range(tiny_s2v.SOUND_LAYERS)]}
-
-
 def speak(model, vae, volume, length=LENGTH):
     """Latents of a picture and a sound of 4 s at 44100 Hz, through ComfyUI's own nodes and ours, as in the workflow."""
     wave = volume * torch.sin(torch.arange(4 * 44100) / 9000)[None, None]
-    heard = AudioEncoderEncode.execute(Encoder(), {"waveform": wave, "sample_rate": 44100}).result[0]
+    heard = AudioEncoderEncode.execute(Ear(), {"waveform": wave, "sample_rate": 44100}).result[0]
     picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(71))
     positive, negative, latent = WanSoundImageToVideo.execute(
         text(), text(2), vae, 64, 64, length, 1, ref_image=picture, audio_encoder_output=heard,

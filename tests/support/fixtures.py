@@ -15,7 +15,7 @@ def comfy_models(comfy_checkout, tmp_path_factory):
 def comfy_server(comfy_checkout, comfy_models, tmp_path_factory):
     """The one running ComfyServer of the session."""
     base = server.prepare(tmp_path_factory.mktemp("comfy_base"), comfy_models)
-    running = server.ComfyServer(comfy_checkout, base).start()
+    running = server.ComfyServer(comfy_checkout, base).start(timeout=240)
     yield running
     running.stop()
 

@@ -47,6 +47,8 @@ def tidy(name, workflow):
     workflow["extra"] = {"ds": {"scale": 0.6, "offset": [80, 160]}}
     for node in workflow["nodes"]:
         node["pos"], node["size"] = rounded(node["pos"]), rounded(node["size"])
+        if node["type"] == "LoadAudio":  # its upload field, empty in a node that was just drawn, None once it was opened
+            node["widgets_values"] = [value or None for value in node["widgets_values"]]
         if node["type"] not in PAGE_NODES:
             node["properties"] = {**package(node["type"]), "Node name for S&R": node["type"],
                                   **{key: value for key, value in node["properties"].items() if key == "models"}}

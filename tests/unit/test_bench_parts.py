@@ -44,8 +44,8 @@ def test_joined_passes_do_the_same_work_in_fewer_forwards():
     _, apart = taken_apart(SETUP)
     _, joined = taken_apart(replace(SETUP, joined=True))
     assert {phase: number for phase, (number, _) in joined.passes.items()} == {"noisy": 10, "joined": 2}
-    less = apart.operations - joined.operations  # a forward has a time embedding for its frames; two have it twice
-    assert abs(less) < 0.01 * apart.operations and joined.bytes < apart.bytes  # weights are read less often
+    embedded = 2 * 3 * (32 * 128 + 128 * 128 + 6 * 128 * 128)  # the first level of three frames, once more behind clean ones
+    assert joined.operations - apart.operations == embedded and joined.bytes < apart.bytes  # weights are read less often
 
 
 def test_operations_by_hand():

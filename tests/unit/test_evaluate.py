@@ -175,7 +175,7 @@ def test_after_a_switch_the_new_caption_rules(models):
 def test_every_setting_has_a_way_to_change_its_prompt(name):
     setting = settings.SETTINGS[name]
     cache = setting.cache()
-    assert setting.transition == ("keep" if cache.rollout == "rolling" else "recache")
+    assert setting.transition == ("keep" if cache.rollout in ("rolling", "per_step") else "recache")
     check_switches([Switch(9, 1, transition=setting.transition)], build(cache, 21), cache.rollout)
 
 

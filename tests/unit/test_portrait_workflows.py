@@ -33,7 +33,8 @@ def test_file_is_what_the_function_describes(described, saved):
     for node in described["nodes"]:
         assert node["models"] == nodes[node["id"]]["properties"].get("models", [])
         if "text" in node["widgets"]:
-            assert nodes[node["id"]]["widgets_values"][0] == node["widgets"]["text"]
+            names = [entry["name"] for entry in nodes[node["id"]]["inputs"] if "widget" in entry] or ["text"]  # a note has none
+            assert nodes[node["id"]]["widgets_values"][names.index("text")] == node["widgets"]["text"]
 
 
 def feeding(described, kind, entry):

@@ -19,6 +19,7 @@ from forcing_pack.forcing_core.policies import (
     EmaSinkOptions,
     MemFlowOptions,
     MergingOptions,
+    PerStepOptions,
     RecencyOptions,
     RecomputeOptions,
     ReferenceOptions,
@@ -73,6 +74,8 @@ OPTIONS = {
     "relax, int8, offload": RelaxOptions(1, 1, 1, 2, 7, block=2, store="int8", offload=True),
     "memflow": MemFlowOptions(6, 1, 2),
     "memflow, active, int8": MemFlowOptions(7, 2, 2, active=1, store="int8"),
+    "per_step": PerStepOptions(6, 2, 2, steps=2),
+    "per_step, int8, offload": PerStepOptions(6, 2, 2, steps=2, store="int8", offload=True),
 }
 by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 

@@ -150,7 +150,9 @@ def test_shows_a_stream_and_sends_commands(made_up, rendered, picture, request):
     tell(status="paused")
     panel.button("Resume").click()
     panel.button("Stop and keep").click()
-    panel.page.wait_for_function("() => true")
+    for _ in range(100):  # a request is on its way after its click has returned
+        if len(commands) < 6:
+            panel.page.wait_for_timeout(50)
     sent = [{key: value for key, value in command.items() if key != "client"} for command in commands]
     assert sent == [{"kind": "prompt", "text": HOSTILE, "transition": "soft", "blocks": 6}, {"kind": "seed", "seed": 99},
                     {"kind": "lora", "strength": 0.5, "name": "lora 1"}, {"kind": "pause"}, {"kind": "resume"},

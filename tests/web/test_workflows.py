@@ -9,6 +9,7 @@ import json
 import re
 import urllib.parse
 import urllib.request
+import wave
 from pathlib import Path
 
 import av
@@ -17,8 +18,9 @@ import pytest
 import torch
 from forcing_pack.forcing_core.micro import face, live, portrait
 from forcing_pack.forcing_core.streaming import Audio, VideoSink
-from forcing_testkit import micro, tiny, tiny_vace
+from forcing_testkit import micro, tiny, tiny_s2v, tiny_vace
 from PIL import Image
+from safetensors.torch import save_file
 
 PACK = Path(__file__).resolve().parents[2]
 FOLDER = PACK / "workflows"
@@ -30,12 +32,12 @@ FRAMES = {"hello": 21, "self_forcing_t2v": 21, "causal_forcing_framewise_t2v": 2
           "deep_forcing_60s": 240, "compare_long_self_forcing": 60, "compare_micro": 42,
           "endless_stream": 42, "resume_and_branch": 42, "video_continuation": 33, "restyle_video": 21, "live_camera": 21,
           "live_steer": 21, "knot_reference": 81, "sparse_micro": 21, "portrait_micro": 42, "portrait_idle": 42,
-          "portrait_vace": 81, "portrait_animate": 74}
+          "portrait_vace": 81, "portrait_animate": 74, "portrait_s2v": 60}
 NAMES = sorted(FRAMES)
 # Decoding 30 s takes minutes on a CPU: 14 blocks, or 10, are still more than any window.
 SHORTER = {**dict.fromkeys(("longlive_30s", "longlive_60s_prompts", "multi_scene_story", "rolling_forcing_30s",
                             "reward_forcing_60s", "deep_forcing_60s"), (10.0, 42)), "compare_long_self_forcing": (7.5, 30),
-           "knot_reference": (42, 42), "portrait_vace": (42, 42)}
+           "knot_reference": (42, 42), "portrait_vace": (42, 42), "portrait_s2v": (57, 15)}
 # run as they are, with the bundled model
 BUNDLED = ("hello", "compare_micro", "endless_stream", "resume_and_branch", "video_continuation", "restyle_video",
            "sparse_micro", "portrait_micro", "portrait_idle", "live_steer")
@@ -45,7 +47,9 @@ NOT_RUN = ("live_camera", "portrait_animate")
 ENDLESS = 10.0  # seconds that an endless stream is stopped after
 ALIKE = {"resume_and_branch": 24}  # latent frames that the videos of a workflow have in common
 COMES_ALONG = ("none", "micro LIVE", "inside the checkpoint")  # choices of loaders that no file is downloaded for
+PLAYER = ("audioUI", "upload")  # what the page puts below a choice of sounds
 PAGE_NODES = {"MarkdownNote"}  # drawn by the page, unknown to the server
+EMPTY = ("ForcingEmptyLatent", "WanSoundImageToVideo")  # one of them has size and length
 TITLE = 30
 DROP_DOWN = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings inputs of its own
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DROP_DOWN}
@@ -118,7 +122,7 @@ def test_nodes_exist_with_these_sockets_and_widgets(nodes, schemas):
     for node in nodes:
         schema = schemas[node["type"]]
         declared = inputs_of(node, schema)
-        assert {item["name"] for item in node["inputs"]} - {"upload"} == set(declared), node["type"]
+        assert {item["name"] for item in node["inputs"]} - {*PLAYER} == set(declared), node["type"]
         assert [output["type"] for output in node["outputs"]] == schema["output"], node["type"]
         assert len(node.get("widgets_values", [])) == sum(len(slots(name, declared[name])) for name in declared), node["type"]
 
@@ -137,13 +141,15 @@ def inputs_of(node, schema):
 
 
 def slots(name, declared):
-    """Names of the values that the page saves for an input; a seed brings its control, an image its upload button."""
+    """Names of the values that the page saves for an input; a seed brings its control, an image its upload button, a sound
+    also a player."""
     kind, *options = declared
     options = options[0] if options else {}
     if not isinstance(kind, list) and kind not in WIDGETS:
         return []
     return [name, *["control_after_generate"] * bool(options.get("control_after_generate")),
-            *["upload"] * bool(options.get("image_upload") or options.get("video_upload"))]
+            *["upload"] * bool(options.get("image_upload") or options.get("video_upload")),
+            *PLAYER * bool(options.get("audio_upload"))]
 
 
 def values_of(node, schemas):
@@ -169,7 +175,9 @@ def test_note_tells_the_true_length(name, workflow):
 
 
 def test_loaders_say_where_their_files_come_from(nodes):
-    chosen = {"ForcingLoadCheckpoint": (0, 4, 6), "CLIPLoader": (0,), "VAELoader": (0,), "ForcingLiveCheckpoint": (0, 1)}
+    chosen = {"ForcingLoadCheckpoint": (0, 4, 6), "CLIPLoader": (0,), "VAELoader": (0,), "ForcingLiveCheckpoint": (0, 1),
+              "UNETLoader": (0,), "ForcingLiveAvatar": (0,), "AudioEncoderLoader": (0,), "CLIPVisionLoader": (0,),
+              "CheckpointLoaderSimple": (0,)}
     for node in nodes:
         models = node["properties"].get("models", [])
         values = [node["widgets_values"][slot] for slot in chosen.get(node["type"], ())]
@@ -179,7 +187,8 @@ def test_loaders_say_where_their_files_come_from(nodes):
             assert (url.scheme, url.netloc) == ("https", "huggingface.co") and "/resolve/main/" in url.path
             assert urllib.parse.unquote(url.path).endswith("/" + model["name"])
             assert model["name"].endswith(DOWNLOADABLE)
-            assert model["directory"] in ("diffusion_models", "loras", "text_encoders", "vae")
+            assert model["directory"] in ("diffusion_models", "loras", "text_encoders", "audio_encoders", "vae", "clip_vision",
+                                          "checkpoints")
 
 
 def test_drawing_is_tidy(workflow):
@@ -295,6 +304,9 @@ def ready_server(comfy_server, comfy_models):
     tiny_vace.tiny_vace(weights / "wan2.1_vace_1.3B_fp16.safetensors")
     Image.linear_gradient("L").convert("RGB").save(comfy_server.base / "input" / "example.png")
     driving_video(comfy_server.base / "input" / "driving")
+    tiny_s2v.tiny_s2v(weights / "wan2.2_s2v_14B_fp8_scaled.safetensors")
+    save_file(tiny_s2v.live_avatar_lora(), loras / "liveavatar.safetensors")
+    voice_file(comfy_server.base / "input" / "voice.wav")
     return comfy_server
 
 
@@ -306,11 +318,20 @@ def driving_video(path):
         sink.write(pictures.numpy())
 
 
+def voice_file(path):
+    """The same hum by itself."""
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16000)
+        sound.writeframes(portrait.voice(face.track(3, 1, 100)[0, 3, :64]).mul(32767).short().numpy().tobytes())
+
+
 def without_encoder(prompt, seconds=None):
-    """The prompt with TestTextEncode for the 6.7 GB text encoder, at a size (and length) for tests; start times of prompts
-    and soft transitions are shortened alike."""
+    """The prompt with TestTextEncode for the 6.7 GB text encoder and TestVoice for the 0.6 GB one of sound, at a size (and
+    length) for tests; start times of prompts and soft transitions are shortened alike."""
     out = {}
-    length, = (node["inputs"]["length"] for node in prompt.values() if node["class_type"] == "ForcingEmptyLatent")
+    length, = (node["inputs"]["length"] for node in prompt.values() if node["class_type"] in EMPTY)
     share = (seconds or length) / length
     for key, node in prompt.items():
         inputs = dict(node["inputs"])
@@ -324,7 +345,9 @@ def without_encoder(prompt, seconds=None):
             inputs["start"] *= share
         if node["class_type"] == "CLIPTextEncode":
             node, inputs = {"class_type": "TestTextEncode"}, {"text": inputs["text"]}
-        if node["class_type"] == "ForcingEmptyLatent":
+        if node["class_type"] == "AudioEncoderLoader":
+            node, inputs = {"class_type": "TestVoice"}, {}
+        if node["class_type"] in EMPTY:
             inputs |= {"width": 64, "height": 64} | ({"length": seconds} if seconds else {})
         if node["class_type"] in ("ImageScale", "WanVaceToVideo"):
             inputs |= {"width": 64, "height": 64}

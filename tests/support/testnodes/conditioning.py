@@ -5,6 +5,8 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .voice import TestVoice
+
 TOKENS, TEXT_DIM = 512, 4096
 
 
@@ -55,7 +57,7 @@ class TestClip(io.ComfyNode):
 class TestExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TestTextEncode, TestClip]
+        return [TestTextEncode, TestClip, TestVoice]
 
 
 async def comfy_entrypoint() -> TestExtension:
