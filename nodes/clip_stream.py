@@ -80,7 +80,7 @@ class _ClipStream(ClipSampler):
             for clip, newest in clips:
                 self.recorder.write(out(newest))
                 self.desk.live.wrote(clip.index, self.recorder.frames, seed=self.helm.noise.seed,
-                                     prompt=self.desk.prompt(self.helm.text, clip.first))
+                                     prompt=self.desk.prompt(self.helm.text, clip.first + clip.final.start))
         self.recorder.note()
         return newest
 

@@ -109,9 +109,10 @@ def record(play: LivePlay, recorder: Recorder) -> None:
     recorder.note()
 
 
-def pixels(pictures: Tensor):
-    """uint8 [n, H, W, 3] of pictures in 0..1."""
-    return pictures.mul(255).round().byte().cpu().numpy()
+def pixels(pictures: Tensor, deep: bool = False):
+    """uint8, or uint16 where deep, [n, H, W, 3] of pictures in 0..1."""
+    most, dtype = (65535, torch.uint16) if deep else (255, torch.uint8)
+    return pictures.mul(most).round().to(dtype).cpu().numpy()
 
 
 class ForcingLiveStream(io.ComfyNode):
@@ -141,7 +142,8 @@ class ForcingLiveStream(io.ComfyNode):
                 io.String.Input("filename_prefix", default="video/Forcing", tooltip="Name in ComfyUI's output folder."),
                 io.Combo.Input("format", options=list(FORMATS), default="mp4",
                                tooltip="mp4 (H.264) plays everywhere, webm (VP9) is smaller and slower to write, mkv lossless "
-                                       "(FFV1) keeps every bit and plays in most players, but not in the browser."),
+                                       "(FFV1) keeps every bit and plays in most players, but not in the browser. 16 bit: "
+                                       "for editing, 16 bits a colour instead of 8, in files several times as large."),
                 io.Int.Input("steps", default=6, min=2, max=1000, advanced=True,
                              tooltip="Solver steps of a frame: 18 as published, 6 for the micro LIVE. Fewer answer sooner."),
                 io.Int.Input("window", default=32, min=2, max=32, advanced=True,
@@ -169,7 +171,7 @@ class ForcingLiveStream(io.ComfyNode):
         shown = Shown(*identity(hidden.unique_id), fps, play.steering, policy=POLICY, numbers=play.numbers())
         shown.file = {"filename": sink.path.name, "subfolder": subfolder, "type": "output", "format": sink.format.suffix}
         play.steering.changed = shown.changed
-        recorder = Recorder(lambda pictures: iter([pixels(pictures)]), None, sink, play.steering, shown)
+        recorder = Recorder(lambda pictures: iter([pixels(pictures, sink.format.deep)]), None, sink, play.steering, shown)
         with on_air(shown), sink:
             record(play, recorder)
         if stores_metadata() and not recorder.note():

@@ -33,6 +33,9 @@ from .state import RolloutState
 PINS: dict[str, Callable[[Level], Level]] = {"timestep": lambda level: CLEAN, "level": lambda level: level}
 # rollouts that make one block after the other
 OVER = {"block": block_rollout, "recompute": recompute_rollout}
+# why others cannot
+NEVER = {"rolling": "A rolling rollout denoises neighbouring blocks together already, so it has no use for a knot",
+         "per_step": "A per_step rollout keeps every denoising step's own noisy frames, and a knot is not noisy"}
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Knot:
         if not self.frames:
             return
         if cache.rollout not in OVER:
-            raise ForcingError(f"A {cache.rollout} rollout denoises neighbouring blocks together already, so it has no use for "
-                               "a knot. Set the knot to 0, or choose a preset that makes one block after the other.")
+            raise ForcingError(f"{NEVER[cache.rollout]}. Set the knot to 0, or choose a preset that makes one block after the "
+                               "other with clean passes, such as self-forcing.")
         if not cache.overlaps:
             raise ForcingError(f"The memory of {type(cache).__name__.removesuffix('Options')} cannot attend to frames that it "
                                "does not keep, which a knot needs. Choose the policy 'window' in Forcing Cache, or a knot of "

@@ -23,7 +23,11 @@ from ..schedule import Level, renoise
 from .block import Solver, denoise
 from .state import RolloutState
 
-ROLLOUTS = ("block", "recompute")  # those that make one block after the other
+ROLLOUTS = ("block", "recompute")  # those whose blocks may each start from a noise level of their own
+# why others cannot
+NEVER = {"rolling": "A rolling rollout denoises several blocks together, so a block has no start of its own",
+         "knot": "A block with a knot begins with the end of the one before, so it has no start of its own",
+         "per_step": "A per_step rollout looks back at earlier blocks at its own noise levels, so no block can start elsewhere"}
 LEAST = 0.01  # strength that motion leaves, of a positive one
 NEAR = 0.02  # a level closer than this below the start is left out: its step would change next to nothing
 FOLLOWS = 0.9  # how fast the strength follows the motion, as published
@@ -45,8 +49,8 @@ class Restyle:
     def check(self, rollout: str) -> None:
         """Raise ForcingError for a rollout (key of `rollout.ROLLOUTS`) that cannot restyle."""
         if rollout not in ROLLOUTS:
-            raise ForcingError(f"A {rollout} rollout denoises several blocks together, so a block has no start of its own. "
-                               "Restyle with the preset self-forcing, or another one that makes block after block.")
+            raise ForcingError(f"{NEVER[rollout]}. Restyle with the preset self-forcing, or another one that makes block after "
+                               "block.")
 
 
 @dataclass

@@ -29,9 +29,9 @@ class Decoder(Protocol):
 
 class Recorder:
     """One file of a stream. decode: frames [T, H, W, 3] of the next latents, in parts, as the sink takes them; decoder: what
-    it remembers. start: number of the first frame of this file in the whole video. live: gets previews, or None."""
+    it remembers, or None for one that is never saved. start: number of the first frame of this file in the whole video. live: gets previews, or None."""
 
-    def __init__(self, decode: Callable[[Tensor], Iterator[Any]], decoder: Decoder, sink: VideoSink, steering: Steering,
+    def __init__(self, decode: Callable[[Tensor], Iterator[Any]], decoder: Decoder | None, sink: VideoSink, steering: Steering,
                  live: Live | None = None):
         self.decode, self.decoder, self.sink, self.steering, self.live = decode, decoder, sink, steering, live
         self.start, self._noted = 0, 0  # commands that are in the file

@@ -234,7 +234,7 @@ def test_a_stream_goes_on_on_every_path(run, path):
 
 
 def test_another_depth_is_another_file(run):
-    run(snapshots.ForcingSnapshot.execute(CausalSampler(PLAIN), "s", 2, False).result[0], length=1.4)
+    run(snapshots.ForcingSnapshot.execute(CausalSampler(PLAIN), "s", 2, False).result[0], length=2.1)
     with pytest.raises(ForcingError, match="have 8 bits a colour, this file 16.*format of the first run"):
         run(snapshots.ForcingResume.execute(CausalSampler(PLAIN), "s.safetensors").result[0], kind="mkv lossless 16 bit")
 
@@ -246,10 +246,10 @@ def test_snapshots_that_were_killed_are_cleaned_up(run, tmp_path):
     names = [f".{name}.safetensors.0123456789ab.tmp" for name in ("s2", "s17", "s", "sx", "t2")]
     for name in names:
         (folder / name).write_bytes(b"half")
-    run(snapshots.ForcingSnapshot.execute(CausalSampler(PLAIN), "s%block%", 2, False).result[0], length=1.4)
+    run(snapshots.ForcingSnapshot.execute(CausalSampler(PLAIN), "s%block%", 2, False).result[0], length=2.1)
     assert {path.name for path in folder.iterdir()} == {"s2.safetensors", *names[2:]}
     (folder / ".s2.safetensors.0123456789ab.tmp").write_bytes(b"half")
-    run(snapshots.ForcingResume.execute(CausalSampler(PLAIN), "s2.safetensors").result[0], length=2.1)
+    run(snapshots.ForcingResume.execute(CausalSampler(PLAIN), "s2.safetensors").result[0], length=2.9)
     assert {path.name for path in folder.iterdir()} == {"s2.safetensors", *names[2:]}
 
 

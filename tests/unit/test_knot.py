@@ -264,6 +264,7 @@ def test_jumping_moves_the_reference_along():
 
 @pytest.mark.parametrize(("settings", "match"), [
     ({"cache": KINDS["rolling"][0](window=21, sink=3)}, "rolling rollout denoises neighbouring blocks together"),
+    ({"cache": KINDS["per_step"][0]()}, "per_step rollout keeps every denoising step's own noisy frames.*such as self-forcing"),
     ({"cache": KINDS["routing"][0]()}, "cannot attend to frames that it does not keep"),
     ({"cache": KINDS["merging"][0]()}, "cannot attend to frames that it does not keep"),
     ({"knot": Knot(4)}, "longer than a block of 3. Use at most 3"),

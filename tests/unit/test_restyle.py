@@ -135,9 +135,10 @@ def test_motion_takes_noise_away_by_and_by():
     assert min(strengths(Restyle(0.1, 1.0), clip, BLOCKS).values()) == 0.01
 
 
-@pytest.mark.parametrize("name", ["rolling", "knot"])
-def test_joint_rollouts_are_refused(name):
-    with pytest.raises(ForcingError, match="Restyle with the preset self-forcing"):
+@pytest.mark.parametrize(("name", "why"), [("rolling", "several blocks together"), ("knot", "the end of the one before"),
+                                           ("per_step", "its own noise levels")])
+def test_rollouts_without_starts_of_their_own_are_refused_with_the_reason(name, why):
+    with pytest.raises(ForcingError, match=f"{why}.*Restyle with the preset self-forcing"):
         Restyle().check(name)
     Restyle().check("recompute")
     with pytest.raises(ForcingError, match="from 0 to 1"):
