@@ -25,6 +25,15 @@ def refuse_partial_conditions(guider, shape: Shape, first_sigma: float) -> None:
         if cond.get("timestep_end", 0.0) > 0 or cond.get("timestep_start", first_sigma) < first_sigma:
             raise ForcingError("A condition is limited to a range of steps, so it would miss forwards that write its KV "
                                "store. Remove the timestep range from the conditioning.")
+        if any(len({frame.strength for frame in hook.hook_keyframe.keyframes}) > 1 for hook in hooks_of(cond)):
+            raise ForcingError("A condition has a LoRA whose strength changes over the steps, and ComfyUI never goes back to "
+                               "the first one, as every block would have to. Remove the hook keyframes from the "
+                               "conditioning.")
+
+
+def hooks_of(cond: dict) -> list:
+    """The hooks (LoRAs and the like) that ComfyUI puts on for one condition only."""
+    return [] if cond.get("hooks") is None else cond["hooks"].hooks
 
 
 def refuse_incompatible(model_options: dict) -> None:

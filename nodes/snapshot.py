@@ -191,7 +191,7 @@ class StreamKept(Kept):
                 yield block, latents
                 if self.how.name:
                     self._after(block)
-        except (Exception, mm.InterruptProcessingException):
+        except (Exception, mm.InterruptProcessingException, GeneratorExit):  # the last: decoding or writing a block failed
             self._write(self._waiting)
             raise
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, Callable
@@ -63,8 +64,8 @@ class StreamSampler(CausalSampler):
 
     def collect(self, run, progress) -> Tensor:
         out, newest = run.guider.inner_model.process_latent_out, None
-        with self.blocks:
-            for block, latents in run.finished(progress):
+        with self.blocks, closing(run.finished(progress)) as finished:
+            for block, latents in finished:
                 if newest is None and run.given is not None and not self.resumed:
                     self.blocks.write(out(run.given))
                 newest = latents

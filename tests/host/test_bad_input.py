@@ -3,6 +3,7 @@ import logging
 import re
 from types import SimpleNamespace
 
+import comfy.hooks
 import comfy.model_management as mm
 import pytest
 import torch
@@ -176,6 +177,22 @@ def test_conditions_for_a_part_of_the_steps(guide, start, end):
     """ComfyUI leaves such a condition out of the clean pass or of the first steps: its store would have holes."""
     cond = [[text()[0][0], {"start_percent": start, "end_percent": end}]]
     refused("Remove the timestep range", guide(plain(), cond + text(1)))
+
+
+def scheduled(*strengths):
+    """A condition with a LoRA whose strength changes at parts of the steps."""
+    hooks = comfy.hooks.create_hook_lora(lora={}, strength_model=1.0, strength_clip=0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for n, strength in enumerate(strengths):
+        frames.add(comfy.hooks.HookKeyframe(strength, start_percent=n / len(strengths)))
+    hooks.set_keyframes_on_hooks(frames)
+    return [[text()[0][0], {"hooks": hooks}]]
+
+
+def test_loras_for_a_part_of_the_steps(guide):
+    """ComfyUI never goes back to an earlier strength, but every block goes through all steps again."""
+    refused("strength changes over the steps.*Remove the hook keyframes", guide(plain(), scheduled(1.0, 0.5)))
+    assert torch.equal(sample(guider(plain(), scheduled(0.5)), sampler()), sample(plain(), sampler()))
 
 
 def test_conditions_for_everything_are_taken():

@@ -25,6 +25,7 @@ from comfy_extras.nodes_wan import (
 from forcing_pack.forcing_core.conditioning import Streamed
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.rollout.clips import Clips
+from forcing_pack.forcing_core.streaming.live import Live
 from forcing_pack.forcing_core.track import Segment, Track
 from forcing_pack.nodes import clip_sampler, host_clips
 from forcing_pack.nodes.clips import OWN, ForcingClips
@@ -411,6 +412,18 @@ def test_frames_leave_as_clips_are_finished(stream, watched):
     watched.clear()
     assert stream(0.5, guide, clips(), latent) == 9
     assert torch.equal(watched[0].inputs[0], again[0])  # a longer video begins as the shorter one
+
+
+def test_the_state_says_the_prompt_that_a_clip_was_made_with(stream, watched, monkeypatch):
+    """That of its first new frame: the third clip begins with frame 4 and makes those from 5 on."""
+    said, wrote = [], Live.wrote
+    monkeypatch.setattr(Live, "wrote", lambda self, *args, **numbers: said.append(numbers["prompt"]) or
+                        wrote(self, *args, **numbers))
+    track = Track((Segment(0, text(0)[0][0], frames=True, text="fox"), Segment(5, text(2)[0][0], frames=True, text="dog")))
+    guide = hostkit.guider(plain(), [[text(0)[0][0], {TRACK: track}]], kind=CFGGuider)
+    assert stream(1.5, guide, clips(hand_over=REPLACE), {"samples": hostkit.latent(3)}) == 25
+    prompts = [{told["context"].sum().item() for told in seen.told} for seen in watched]
+    assert said == ["fox", "fox", "dog"] and prompts[0] == prompts[1] != prompts[2]
 
 
 def test_cancel_ends_an_endless_stream_and_keeps_it(stream, monkeypatch):

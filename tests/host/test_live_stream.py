@@ -47,7 +47,7 @@ def run(monkeypatch, tmp_path, live, image):
     node.hidden = SimpleNamespace(prompt={"1": {}}, extra_pnginfo={}, unique_id="7")
     write = VideoSink.write
 
-    def make(plan=None, length=SECONDS, real_time=False, **more):
+    def make(plan=None, length=SECONDS, real_time=False, kind="mkv lossless", **more):
         waiting = dict(plan or {})
 
         def watched(self, frames):
@@ -57,7 +57,7 @@ def run(monkeypatch, tmp_path, live, image):
                 act() if callable(act) else send(*act)
 
         monkeypatch.setattr(VideoSink, "write", watched)
-        out = node.execute(live, image, 3, length, FPS, real_time, "a/b", "mkv lossless", 2, **more)
+        out = node.execute(live, image, 3, length, FPS, real_time, "a/b", kind, 2, **more)
         monkeypatch.setattr(VideoSink, "write", write)
         return out.result[0].get_stream_source()
     yield make
@@ -73,9 +73,9 @@ def send(*commands):
         routes.carry_out(routes.STREAMS, newest()["id"], json.dumps({"client": "test", **command}))
 
 
-def pictures(path):
+def pictures(path, form="rgb24"):
     with av.open(str(path)) as container:
-        return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return numpy.stack([frame.to_ndarray(format=form) for frame in container.decode(video=0)])
 
 
 def test_a_steered_world_is_replayed_from_its_file(run, image):
@@ -90,6 +90,13 @@ def test_a_steered_world_is_replayed_from_its_file(run, image):
     again = run(length=0, replay=json.dumps(note))
     assert numpy.array_equal(pictures(again), made) and read_note(again)["log"] == note["log"]
     assert routes.STREAMS.script(newest()["id"]) == {"version": 1, "log": note["log"]}
+
+
+def test_sixteen_bits_are_those_of_the_autoencoder(run, image):
+    made = pictures(run(length=0.5, kind="mkv lossless 16 bit"), "rgb48le")
+    assert made.dtype == numpy.uint16 and numpy.array_equal(made[0], (image[0] * 65535).round().numpy())
+    assert (made[1:] % 257).any()  # more than eight bits
+    assert numpy.abs(made / 257 - pictures(run(length=0.5))).max() <= 0.5
 
 
 def test_everybody_sees_what_can_be_held(run):

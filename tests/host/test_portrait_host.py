@@ -90,7 +90,7 @@ def opening(wave, rate, frames=65):
     return portrait.loudness(wave, rate, frames)
 
 
-@pytest.mark.parametrize("rate", [11025, 22050, 44100, 48000])
+@pytest.mark.parametrize("rate", [11025, 44100, 48000])
 def test_every_sample_rate_opens_the_mouth_alike(rate):
     """Also ten minutes on, where a picture is not a whole number of samples."""
     drive = face.track(4, 1, 9600)[0, 3]

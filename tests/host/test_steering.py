@@ -30,6 +30,7 @@ from forcing_pack.forcing_core.streaming.live import Live
 from forcing_pack.forcing_core.streaming.note import read_note
 from forcing_pack.nodes import routes
 from forcing_pack.nodes import snapshot as snapshots
+from forcing_pack.nodes.host import HostDenoiser
 from forcing_pack.nodes.micro import clip as micro_clip
 from forcing_pack.nodes.sampler import CausalSampler
 from forcing_pack.nodes.stream import ForcingStream
@@ -168,6 +169,31 @@ def test_a_lora_gets_another_strength_between_two_blocks(run):
     early = pictures(run(guide=guider(model), replay=json.dumps([
         {"number": 1, "block": 0, "at_frame": 0, "kind": "lora", "strength": 0.25}])))
     assert numpy.array_equal(early, pictures(run(guide=guider(patched(0.25)))))
+
+
+def with_changed(name):
+    """The tiny MODEL with something added to one weight, as ComfyUI puts a LoRA of differences on it."""
+    weight, model = hostkit.weights()[name], hostkit.load().clone()
+    add = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * weight.float().std()
+    assert model.add_patches({f"diffusion_model.{name}": ("diff", (add,))}, 1.0)
+    return model
+
+
+@pytest.mark.parametrize("name", ["blocks.0.cross_attn.k.weight", "text_embedding.0.weight", "time_projection.1.weight"])
+def test_nothing_stays_of_what_other_weights_made_of_prompts_and_times(run, monkeypatch, name):
+    """The keys of a prompt and the modulations of a noise level are kept from block to block, but not over a new strength:
+    the video is that of a run which keeps none."""
+    model = with_changed(name)
+    plan = {9: [{"kind": "lora", "strength": 0.0}]}
+    steered = pictures(run(plan, guide=guider(model), length=2.1))
+    text = HostDenoiser._text
+
+    def anew(self, *args):
+        self.texts.clear()
+        return text(self, *args)
+    monkeypatch.setattr(HostDenoiser, "_text", anew)
+    assert numpy.array_equal(pictures(run(plan, guide=guider(model), length=2.1)), steered)
+    assert not numpy.array_equal(pictures(run(guide=guider(model), length=2.1))[9:], steered[9:])
 
 
 @pytest.mark.parametrize("command, status, words", [
@@ -345,7 +371,8 @@ def test_routes_are_only_added_where_there_is_a_server(monkeypatch):
     routes.register()
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
     routes.register()
-    assert {route.path.split("/")[1] for route in table} == {"forcing"} and len(table) == 6
+    assert [(route.method, route.path) for route in table] == [(method, path) for method, path, _ in routes.ROUTES]
+    assert {route.path.split("/")[1] for route in table} == {"forcing"}
     streams = routes.Streams()
     streams.begin(Live("p.1", "1", "p", 16.0, Steering()))
     assert told == [("forcing.stream", "p.1")]

@@ -1,4 +1,5 @@
 """Streams that decode beside the sampler, that are gone on with on every path, and that say which prompt rules."""
+import contextlib
 import functools
 import json
 import threading
@@ -141,6 +142,25 @@ def test_cancel_while_a_block_is_decoded_keeps_every_finished_one(monkeypatch, r
     made = pictures(run(overlap="on"))
     assert len(made) in (21, 33) and numpy.array_equal(made, whole[:len(made)])
     assert routes.STREAMS.states()[0]["status"] == "done" and routes.STREAMS.states()[0]["frames"] == len(made)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["cancel", "error"])
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_what_ends_a_stream_while_it_decodes_leaves_a_snapshot(monkeypatch, run, overlap, broken):
+    """Of the last block that is in the file: the second file goes on there."""
+    def end(block):
+        if block == 4:
+            if broken:
+                raise RuntimeError("the decoder broke")
+            raise mm.InterruptProcessingException
+    whole = pictures(run())
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="broke") if broken else contextlib.nullcontext():
+        decoding(patched, end)
+        run(snapshots.ForcingSnapshot.execute(CausalSampler(PLAIN), "s", 0, True).result[0], overlap=overlap)
+    assert routes.STREAMS.states()[0]["frames"] == 33
+    second = run(snapshots.ForcingResume.execute(CausalSampler(PLAIN), "s.safetensors").result[0])
+    start = read_note(second)["start_frame"]
+    assert start == 33 - 32 and numpy.array_equal(pictures(second), whole[start:])
 
 
 def test_stop_and_keep_writes_what_was_sampled(monkeypatch, run):
@@ -287,8 +307,14 @@ def test_the_words_of_a_graph():
 
 
 def test_cancel_is_no_error_in_the_log(monkeypatch, run, caplog):
+    """Neither where the sampler meets it nor where the VAE does, whose block is not finished then."""
+    write = VideoSink.write
+    with caplog.at_level("INFO"), monkeypatch.context() as patched:
+        patched.setattr(VideoSink, "write", lambda self, frames: write(self, frames) or (
+            self.frames == 21 and mm.interrupt_current_processing()))
+        assert len(pictures(run(length=9.0))) == 21
+    assert "Cancelled after 2 of 12 blocks" in caplog.text
     decoding(monkeypatch, lambda block: block == 2 and mm.interrupt_current_processing())
     with caplog.at_level("INFO"):
-        run(length=9.0)
-    assert "Cancelled after 2 of 13 blocks" in caplog.text
+        assert len(pictures(run(length=9.0))) == 9
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -1,4 +1,5 @@
 """Sound and picture of a long stream: after ten minutes they are still within one frame of each other."""
+import os
 from itertools import pairwise
 
 import av
@@ -73,6 +74,7 @@ def check(path, seconds, fps):
     assert abs(shown - seconds) <= 1 / fps and abs(sounded - shown) <= 1 / fps + 0.03  # a codec's last packet may be full
 
 
+MANY = pytest.mark.skipif("FORCING_SLOW" not in os.environ, reason="five times ten minutes: set FORCING_SLOW")
 COMBINED = [(16, 44100), (16, 22050), (25, 48000), (25, 22050), (24000 / 1001, 44100), (30000 / 1001, 48000)]
 
 
@@ -92,6 +94,7 @@ def test_ten_minutes(tmp_path):
     check(streamed(tmp_path / "a", "mp4", 600, 16, 44100).path, 600, 16)
 
 
+@MANY
 @pytest.mark.slow
 @pytest.mark.parametrize(("fps", "rate"), COMBINED[1:])
 def test_ten_minutes_of_every_combination(tmp_path, fps, rate):
