@@ -29,7 +29,8 @@ class Decoder(Protocol):
 
 class Recorder:
     """One file of a stream. decode: frames [T, H, W, 3] of the next latents, in parts, as the sink takes them; decoder: what
-    it remembers, or None for one that is never saved. start: number of the first frame of this file in the whole video. live: gets previews, or None."""
+    it remembers, or None for one that is never saved. start: number of the first frame of this file in the whole video.
+    live: gets previews, or None."""
 
     def __init__(self, decode: Callable[[Tensor], Iterator[Any]], decoder: Decoder | None, sink: VideoSink, steering: Steering,
                  live: Live | None = None):
