@@ -76,3 +76,11 @@ def add_node(rendered):
         app.canvas.graph.add(node)
         return node.id
     }""", [kind, x, y])
+
+
+@pytest.fixture
+def ended(comfy_server):
+    """No stream runs when the test is over, however it ends."""
+    yield
+    comfy_server.post("/queue", {"clear": True})
+    comfy_server.interrupt()

@@ -204,14 +204,6 @@ LOOK = """() => {
 }"""
 
 
-@pytest.fixture
-def ended(comfy_server):
-    """No stream runs when the test is over, however it ends."""
-    yield
-    comfy_server.post("/queue", {"clear": True})
-    comfy_server.interrupt()
-
-
 @pytest.fixture(scope="module")
 def bundled(require):
     require(micro.trained() and live.bundled(), "web tests of micro LIVE: its weights are not in forcing_core/micro/weights",
