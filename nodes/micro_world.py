@@ -19,7 +19,7 @@ class ForcingMicroWorld(io.ComfyNode):
             description="Draws a start picture for the micro LIVE: one shape on a plain background, 64x64 pixels.",
             search_aliases=["start image", "game", "shape"],
             inputs=[
-                io.Combo.Input("shape", options=list(SHAPES), default="square", tooltip="What the keys move."),
+                io.Combo.Input("shape", options=list(steer.MOVED), default="square", tooltip="What the keys move."),
                 io.Combo.Input("colour", options=list(COLOURS), default="red", tooltip="Of the shape."),
                 io.Combo.Input("background", options=list(BACKGROUNDS), default="gray", tooltip="Of all the rest."),
             ],

@@ -2,6 +2,7 @@
 import { isOver } from './live_client.js'
 
 const BEHIND = 2 // seconds that the picture may lag behind the newest frame, or two blocks if they are longer
+const TURNS = ['prompt', 'seed', 'lora'] // commands that whoever sent them waits to see
 const ROUNDING = 1e-6 // seconds
 const HEARTBEAT = 6000 // ms: the server keeps previews only for those who ask every now and then
 
@@ -11,7 +12,22 @@ const HEARTBEAT = 6000 // ms: the server keeps previews only for those who ask e
  */
 export class FrameQueue {
   constructor() {
-    Object.assign(this, { waiting: [], origin: NaN, received: -1, shown: -1, dropped: 0 })
+    Object.assign(this, { waiting: [], origin: NaN, received: -1, shown: -1, dropped: 0, turn: -1, asked: -1 })
+  }
+
+  /** From this frame on the video is as somebody has just asked for: it is shown as soon as it is there, and what was made
+   * before it and still waits is left out. */
+  turnAt(number, now) {
+    if (number <= this.turn) return
+    this.asked = this.turn = number
+    this.jump(now)
+  }
+
+  jump(now) {
+    if (this.asked <= this.shown || this.received < this.asked) return
+    this.dropBelow(this.turn)
+    if (this.waiting.length) this.origin = now - this.waiting[0].number / this.fps
+    this.asked = -1
   }
 
   /** Take frames that begin with number `first`. */
@@ -28,6 +44,7 @@ export class FrameQueue {
     if (late || gap) this.dropBelow(fresh[0].number)
     const next = this.waiting[0].number
     if (gap || late || (ranOut && !(this.origin + next / fps >= now))) this.origin = now - next / fps
+    this.jump(now)
   }
 
   dropBelow(number) {
@@ -63,6 +80,8 @@ export class LivePlayer {
   follow(state) {
     if (state.id !== this.state?.id) this.queue = new FrameQueue()
     this.state = state
+    const turns = (state.log ?? []).filter(({ kind }) => TURNS.includes(kind))
+    if (turns.length) this.queue.turnAt(turns.at(-1).at_frame, performance.now() / 1000)
     clearInterval(this.timer)
     if (!isOver(state)) this.timer = setInterval(() => this.pull(), HEARTBEAT)
     this.pull()

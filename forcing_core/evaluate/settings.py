@@ -53,8 +53,8 @@ class Setting:
         return self.preset.step_count if self.preset.solver == "unipc" else len(self.preset.steps)
 
 
-_FEW = get("self-forcing")
-_FIRST = replace(_FEW, first_steps=tuple(range(1000, 0, -125)))
+_FEW = get("micro")
+_PUBLISHED = get("self-forcing")
 _TEACHER = replace(get("causal-forcing-ar-teacher-chunkwise"), step_count=12, cfg=1.3)
 
 
@@ -65,7 +65,8 @@ def _window(name: str, title: str, network: str = "student", preset: Preset = _F
 
 def _as(preset: Preset) -> Setting:
     """The student in the steps it was trained on, with the memory of a published system."""
-    few = replace(preset, steps=FEW_STEP, first_steps=None, warp=True, shift=_FEW.shift, solver=_FEW.solver, step_count=0)
+    first = _FEW.first_steps if cache_of(preset).rollout == "block" else None
+    few = replace(preset, steps=FEW_STEP, first_steps=first, warp=True, shift=_FEW.shift, solver=_FEW.solver, step_count=0)
     return Setting(preset.name, f"run as {preset.title}", "student", few)
 
 
@@ -83,8 +84,8 @@ _ROWS = (
     _window("teacher-4-steps", "the same network in 4 steps, unguided", "teacher"),
     _window("teacher-forcing", "consistency on true histories only", "consistency"),
     _window("self-forcing", "Self Forcing, window 21"),
-    # only once a video: what goes wrong in the first block stays
-    _window("self-forcing-first8", "Self Forcing, 8 steps in the first block", preset=_FIRST),
+    # what goes wrong in the first block stays, so all rows of blocks but this one take the bundled model's steps there
+    _window("self-forcing-first4", "Self Forcing, 4 steps in the first block too", preset=_PUBLISHED),
     _window("self-forcing-window9", "Self Forcing, window 9", window=9),
     _window("self-forcing-sink3", "Self Forcing, window 21 with sink 3", sink=3, positions="relative"),
     # without a sink the same numbers as absolute positions up to rounding, and no end at 1024 frames

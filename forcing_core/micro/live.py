@@ -26,7 +26,7 @@ AT_ONCE = 64  # pictures that go through the VAE together
 CHOICE = "micro LIVE"  # what a list of checkpoints calls it
 # name -> what it is
 NETWORKS = {"live_plain": "trained on true clips alone", "live_cycle": "trained with cycle consistency as well"}
-SHIPPED = "live_plain"  # what nodes offer: the one that obeys for longer
+SHIPPED = "live_cycle"  # what nodes offer: the one that obeys for longer
 
 
 def live_config(dim: int, layers: int) -> LiveConfig:

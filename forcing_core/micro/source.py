@@ -45,7 +45,7 @@ class MicroSource:
         """Beyond the training length, positions stay inside the window: further ones were never trained."""
         if self.network == "teacher":
             return "causal-forcing-ar-teacher-chunkwise"
-        return "self-forcing" if frames <= TRAINED else "longlive-infinity"
+        return "micro" if frames <= TRAINED else "micro-endless"
 
     def latent_size(self, width: int, height: int) -> tuple[int, int]:
         return latent_size(width, height)

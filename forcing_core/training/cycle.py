@@ -34,7 +34,8 @@ from .flow import Noised, add_noise, draw_noise, draw_rows, weighted_mse
 class CycleOptions:
     """given: true frames a rollout starts from, one number for each equal part of the run (published: 32, 8, 2).
     steps: of every generated frame. shift: of the noise levels. context: noise of a context frame while rolling out.
-    light, light_sigma: share of frames in a training sequence that get at most this noise, as contexts have.
+    light, light_sigma: share of frames in a training sequence that get at most this noise, as contexts have; so does every
+    frame behind one that does not.
 
     Raises ForcingError for numbers that no rollout can have."""
 
@@ -42,7 +43,7 @@ class CycleOptions:
     steps: int = 4
     shift: float = 3.0
     context: float = 0.15
-    light: float = 0.5
+    light: float = 0.2
     light_sigma: float = 0.25
 
     def __post_init__(self):
@@ -50,7 +51,7 @@ class CycleOptions:
             raise ForcingError(f"A rollout cannot start from {self.given} frames. Give at least one number, each at least 1.")
         if not (0 <= self.context < 1 and 0 <= self.light <= 1 and 0 < self.light_sigma < 1):
             raise ForcingError(f"context {self.context}, light {self.light} and light_sigma {self.light_sigma} have to lie "
-                               "between 0 and 1. Use about 0.15, 0.5 and 0.25.")
+                               "between 0 and 1. Use about 0.15, 0.2 and 0.25.")
 
 
 def given_at(options: CycleOptions, progress: float) -> int:
@@ -59,12 +60,21 @@ def given_at(options: CycleOptions, progress: float) -> int:
 
 
 def draw_levels(clip: Tensor, options: CycleOptions, generator: torch.Generator) -> Tensor:
-    """Rows of the training table [B, F], one a frame: uniform, or for a share `light` of the frames among the clean ones."""
+    """Rows of the training table [B, F], one a frame: uniform, or for a share `light` of the frames among the clean ones, and
+    always there for a frame behind a uniform one. In a rollout, what a frame follows is as good as clean; behind a noisy one,
+    nobody could know where it has to be."""
     rows = draw_rows(clip, TRAIN_STEPS, generator, block=1)
-    first = int((table(options.shift)[1] > options.light_sigma).sum())
+    first = first_light(options)
     clean = first + rows * (TRAIN_STEPS - first) // TRAIN_STEPS
-    chosen = torch.rand(rows.shape, generator=generator, device=generator.device).to(rows.device) < options.light
-    return torch.where(chosen, clean, rows)
+    light = torch.rand(rows.shape, generator=generator, device=generator.device).to(rows.device) < options.light
+    for frame in range(1, rows.shape[1]):
+        light[:, frame] |= ~light[:, frame - 1]
+    return torch.where(light, clean, rows)
+
+
+def first_light(options: CycleOptions) -> int:
+    """The first row of the training table with at most the noise of a context."""
+    return int((table(options.shift)[1] > options.light_sigma).sum())
 
 
 def at_rows(clean: Tensor, rows: Tensor, shift: float, generator: torch.Generator) -> Noised:

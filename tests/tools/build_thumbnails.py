@@ -53,7 +53,7 @@ class Card:
 
 CARDS = {
     "hello": Card(("Hello",), ("Text to video", "Nothing to download"), "self-forcing", captions=(
-        "a red circle moving right on a dark background", "a yellow triangle moving up on a gray background",
+        "a red circle moving right on a dark background", "a yellow triangle moving up on a light background",
         "a blue square moving down on a light background", "a green circle moving left on a dark background")),
     "self_forcing_t2v": Card(("Self Forcing",), ("Text to video", "5 s, 4 steps a block"), "self-forcing"),
     "causal_forcing_framewise_t2v": Card(("Causal", "Forcing"), ("Text to video", "Frame by frame, 4 steps"),
@@ -152,7 +152,7 @@ def clips(image, rows):
 
 def clip(caption, seed, frames=21):
     """Pictures of the bundled model, uint8 [H, W, 3]."""
-    preset, source = get("self-forcing"), MicroSource(caption)
+    preset, source = get("micro"), MicroSource(caption)
     size = source.latent_size(*source.size)
     denoiser, decode = source.denoiser(preset, window_options(preset), frames, size), source.decoder()
     noise = BlockNoise(seed, (1, source.channels), size)

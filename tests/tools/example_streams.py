@@ -14,7 +14,7 @@ BRANCH = "forcing_branch"
 
 def _clip(note, tall, *prompts, length=5.0, unit="seconds"):
     """Micro model, prompts and a latent, and below them a preset with a window that any length fits into."""
-    clip = MicroClip(get("self-forcing"), note, tall, *prompts).empty(length, unit, SIDE, SIDE)
+    clip = MicroClip(get("micro"), note, tall, *prompts).empty(length, unit, SIDE, SIDE)
     clip.sampling()
     clip.by_preset(cache=clip.add("ForcingCache", **widgets(LONG)))
     return clip

@@ -10,8 +10,9 @@ import examples_sparse
 from example_clip import PROMPTS, Clip, MicroClip, widgets
 from example_prompts import DRAWING, FOX, HUMMINGBIRD, POTTER, TEA
 from examples_long import LONG
-from forcing_pack.forcing_core.micro.names import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
+from forcing_pack.forcing_core.micro.names import COLOURS, DIRECTIONS, SHAPES
 from forcing_pack.forcing_core.micro.source import PROMPT
+from forcing_pack.forcing_core.micro.world import LEVELS
 from forcing_pack.forcing_core.policies import DeepCompressOptions, WindowOptions
 from forcing_pack.forcing_core.presets import get
 from notes import MATCH, bullets, files_of, licence, seconds, store, text
@@ -23,16 +24,16 @@ COMPARED_MICRO = {"Everything": WindowOptions(), "Window and sink": LONG,
 
 
 def hello():
-    preset = get("self-forcing")
+    preset = get("micro")
     note = text(
         "Hello: a first video, with nothing to download",
         f"One clip of {seconds(21)}, 64x64 pixels, in seconds, on any machine: a tiny model comes with the pack. Press Run. "
         "Nodes and wires are those of the large models.",
         bullets("What to change", "**Prompt**: a colour, a shape, a motion and a background, in these words: "
                 f"*{', '.join(COLOURS)}*; *{', '.join(SHAPES)}*; moving *{', '.join(DIRECTIONS)}*; on a "
-                f"*{', '.join(BACKGROUNDS)}* background. Other words are refused.",
+                f"*{' or '.join(LEVELS['plain'].backgrounds)}* background. Other words are refused.",
                 "**Seed**: another clip of the same prompt.",
-                "**Length**: up to 5 s as trained. For more, set *system* to `longlive-infinity`, which keeps a window "
+                "**Length**: up to 5 s as trained. For more, set *system* to `micro-endless`, which keeps a window "
                 "of 12 latent frames.",
                 "**model**: the same task trained in other ways; the help page of Forcing Micro Model says what each is. "
                 "The *teacher* takes another system and guidance."),
@@ -113,7 +114,7 @@ def causal_forcing_pp_2step_t2v():
 
 
 def compare_micro():
-    preset = get("self-forcing")
+    preset = get("micro")
     note = text(
         "Three memories, with nothing to download",
         f"Three times {seconds(42)}, 64x64 pixels, with the tiny model that comes with the pack: same prompt, same noise, "

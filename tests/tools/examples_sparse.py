@@ -6,7 +6,7 @@ from notes import bullets, seconds, text
 
 
 def sparse_micro():
-    preset = get("self-forcing")
+    preset = get("micro")
     note = text(
         "Sparse attention, with nothing to download",
         f"One clip of {seconds(21)}, 64x64 pixels, with the tiny model that comes with the pack. After its first step each "

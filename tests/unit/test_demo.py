@@ -45,7 +45,7 @@ def test_the_preset_follows_the_length():
     latent = {seconds: DemoOptions(seconds).frames for seconds in (5, 5.1, 300)}
     assert [TINY.usual_preset(n) for n in latent.values()] == ["self-forcing", "longlive", "longlive-infinity"]
     micro = MicroSource()
-    assert [micro.usual_preset(n) for n in latent.values()] == ["self-forcing", "longlive-infinity", "longlive-infinity"]
+    assert [micro.usual_preset(n) for n in latent.values()] == ["micro", "micro-endless", "micro-endless"]
     assert MicroSource(network="teacher").usual_preset(21) == "causal-forcing-ar-teacher-chunkwise"
 
 

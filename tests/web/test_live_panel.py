@@ -40,6 +40,23 @@ def test_a_picture_far_behind_jumps_to_the_newest_block(js):
     assert js(PLAY, [[0.0, 0, 2], [0.2, 90, 2], [0.27, 0, 0]]) == [0, 90, 91, 1]
 
 
+def test_a_turn_is_shown_as_soon_as_it_is_there(js):
+    """Frames 0 to 31 wait, 32 is the first of another prompt: it leaves out what waits, and plays on from there. Told again it
+    does nothing; told late it jumps at once; a turn that was shown already is none."""
+    turn = """({ live_player: { FrameQueue } }, steps) => {
+        const queue = new FrameQueue()
+        return steps.map(([now, first, count, turn]) => {
+            if (count) queue.push(first, Array(count).fill('x'), 16, now)
+            if (turn >= 0) queue.turnAt(turn, now)
+            return queue.due(now)?.number ?? null
+        }).concat(queue.dropped)
+    }"""
+    assert js(turn, [[0.0, 0, 32, -1], [0.07, 0, 0, 32], [0.15, 32, 12, -1], [0.22, 0, 0, 32], [0.29, 0, 0, 1]]) == [
+        0, 1, 32, 33, 34, 30]
+    assert js(turn, [[0.0, 0, 32, -1], [0.07, 0, 0, 16], [0.14, 0, 0, -1]]) == [0, 16, 17, 15]
+    assert js(turn, [[0.0, 0, 12, -1], [0.2, 0, 0, -1], [0.27, 0, 0, 2]]) == [0, 3, 4, 2]
+
+
 def test_the_running_stream_of_a_node_wins(js):
     found = js("""async ({ live_client: { LiveClient } }) => {
         const api = Object.assign(new EventTarget(), { fetchApi: async () => ({ ok: true, json: async () => ({ streams: [
@@ -64,6 +81,7 @@ def test_bytes(js):
 
 # -- a made-up stream -----------------------------------------------------------------------------------------
 
+BLOCK_FRAMES, DECODE = 12, 0.7  # s to decode a block, encode its previews, send and draw them
 STATE = {"id": "made.up", "node": "", "prompt_id": "made", "status": "running", "block": 3, "frames": 45, "seconds": 2.8,
          "fps": 16, "speed": 11.25, "buffered_seconds": -1.5, "memory_bytes": 1234567890, "store_bytes": 81_000_000,
          "window": {"kept": [[0, 3], [6, 12]], "policy": "Window"}, "prompt": "a red circle", "seed": 7,
@@ -244,7 +262,10 @@ def test_watch_and_steer(bundled, comfy_server, rendered, ended, tmp_path, reque
     panel.logs("yellow square")
     at_frame = comfy_server.get(address)["log"][0]["at_frame"]
     panel.shows(at_frame)
-    line(f" Change of prompt to its first frame on the screen: {time.monotonic() - began:.1f} s (frame {at_frame})")
+    took, state = time.monotonic() - began, comfy_server.get(address)
+    block = BLOCK_FRAMES / min(state["fps"], state["speed"])
+    line(f" Change of prompt to its first frame on the screen: {took:.1f} s (frame {at_frame}, a block in {block:.2f} s)")
+    assert took <= 2 * block + DECODE
     assert rendered.messages_about("forcing") == [] and rendered.errors == []
     rendered.open()
     rendered.load_workflow(tmp_path / "endless.json")
