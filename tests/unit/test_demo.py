@@ -118,7 +118,7 @@ def test_the_micro_model_is_the_default(tmp_path, folder, monkeypatch, capsys):
     monkeypatch.setattr(command, "MicroSource", lambda prompt, network: MicroSource(prompt, network, folder))
     assert command.run(arguments("--out", tmp_path / "a.mp4", "--seconds", 0.5, "--prompt", "a blue square")) == 0
     out = capsys.readouterr().out
-    assert "(self-forcing, everything)" in out and "coloured shapes" in out
+    assert "(micro, everything)" in out and "coloured shapes" in out
     video = pictures(tmp_path / "a.mp4")
     assert len(video) == 9 and video[0].shape == (256, 256, 3)
 

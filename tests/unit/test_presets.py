@@ -40,7 +40,7 @@ def test_rows_equal_the_published_settings(name):
 def test_every_system_of_the_family_has_a_row():
     others = {"causal-forcing-ar-teacher-chunkwise", "causal-forcing-ar-teacher-framewise", "light-forcing-short",
               "resampling-forcing", "krea-realtime-14b", "knot-forcing", "tempcache", "live",
-              "recency-forcing", "rolling-sink", "lol", "relax-forcing", "memflow", "live-avatar"}
+              "micro", "micro-endless", "recency-forcing", "rolling-sink", "lol", "relax-forcing", "memflow", "live-avatar"}
     assert set(PRESETS) == set(PUBLISHED) | others
 
 
