@@ -34,7 +34,7 @@ class Options:
     """seconds of play of so many worlds; steps of every frame; back: seconds there, and as many back."""
 
     seconds: int = 60
-    worlds: int = 6
+    worlds: int = 24
     steps: int = 12
     back: int = 10
     seed: int = 1

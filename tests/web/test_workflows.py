@@ -1,7 +1,7 @@
 """Every example workflow: sound as a file, opens in the real frontend, and makes the video its note promises.
 
-The server gets tiny files under the official names, so loaders and paths stay as they are. Only the text encoder
-is replaced, and the size. The workflow of the bundled model runs as it is.
+The server gets tiny files under the official names, so loaders and paths stay as they are. Only encoders
+of text, sound and pictures and the pose detector are replaced, and the size. The workflow of the bundled model runs as it is.
 """
 import importlib
 import itertools
@@ -18,7 +18,7 @@ import pytest
 import torch
 from forcing_pack.forcing_core.micro import face, live, portrait
 from forcing_pack.forcing_core.streaming import Audio, VideoSink
-from forcing_testkit import micro, tiny, tiny_s2v, tiny_vace
+from forcing_testkit import micro, tiny, tiny_animate, tiny_s2v, tiny_vace
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -37,13 +37,12 @@ NAMES = sorted(FRAMES)
 # Decoding 30 s takes minutes on a CPU: 14 blocks, or 10, are still more than any window.
 SHORTER = {**dict.fromkeys(("longlive_30s", "longlive_60s_prompts", "multi_scene_story", "rolling_forcing_30s",
                             "reward_forcing_60s", "deep_forcing_60s"), (10.0, 42)), "compare_long_self_forcing": (7.5, 30),
-           "knot_reference": (42, 42), "portrait_vace": (42, 42), "portrait_s2v": (57, 15)}
+           "knot_reference": (42, 42), "portrait_vace": (42, 42), "portrait_s2v": (57, 15), "portrait_animate": (3, 3)}
 # run as they are, with the bundled model
 BUNDLED = ("hello", "compare_micro", "endless_stream", "resume_and_branch", "video_continuation", "restyle_video",
            "sparse_micro", "portrait_micro", "portrait_idle", "live_steer")
-# No tiny files here: LIVE has a network of its own, Animate a motion encoder and a pose detector of one size only. See
-# tests/host/test_live_host.py and test_clips_host.py.
-NOT_RUN = ("live_camera", "portrait_animate")
+# No tiny files here: LIVE has a network of its own. See tests/host/test_live_host.py.
+NOT_RUN = ("live_camera",)
 ENDLESS = 10.0  # seconds that an endless stream is stopped after
 ALIKE = {"resume_and_branch": 24}  # latent frames that the videos of a workflow have in common
 COMES_ALONG = ("none", "micro LIVE", "inside the checkpoint")  # choices of loaders that no file is downloaded for
@@ -304,6 +303,7 @@ def ready_server(comfy_server, comfy_models):
     tiny_vace.tiny_vace(weights / "wan2.1_vace_1.3B_fp16.safetensors")
     Image.linear_gradient("L").convert("RGB").save(comfy_server.base / "input" / "example.png")
     driving_video(comfy_server.base / "input" / "driving")
+    tiny_animate.tiny_animate(weights / "wan2.2_animate_14B_bf16.safetensors")
     tiny_s2v.tiny_s2v(weights / "wan2.2_s2v_14B_fp8_scaled.safetensors")
     save_file(tiny_s2v.live_avatar_lora(), loras / "liveavatar.safetensors")
     voice_file(comfy_server.base / "input" / "voice.wav")
@@ -328,8 +328,9 @@ def voice_file(path):
 
 
 def without_encoder(prompt, seconds=None):
-    """The prompt with TestTextEncode for the 6.7 GB text encoder and TestVoice for the 0.6 GB one of sound, at a size (and
-    length) for tests; start times of prompts and soft transitions are shortened alike."""
+    """The prompt with TestTextEncode for the 6.7 GB text encoder, TestVoice for the 0.6 GB one of sound, TestVision for the
+    1.3 GB one of pictures, and TestPose for SDPoseKeypointExtractor and the checkpoint of its own, at a size (and length)
+    for tests; start times of prompts and soft transitions are shortened alike."""
     out = {}
     length, = (node["inputs"]["length"] for node in prompt.values() if node["class_type"] in EMPTY)
     share = (seconds or length) / length
@@ -347,6 +348,12 @@ def without_encoder(prompt, seconds=None):
             node, inputs = {"class_type": "TestTextEncode"}, {"text": inputs["text"]}
         if node["class_type"] == "AudioEncoderLoader":
             node, inputs = {"class_type": "TestVoice"}, {}
+        if node["class_type"] == "CLIPVisionLoader":
+            node, inputs = {"class_type": "TestVision"}, {}
+        if node["class_type"] == "CheckpointLoaderSimple":
+            continue
+        if node["class_type"] == "SDPoseKeypointExtractor":
+            node, inputs = {"class_type": "TestPose"}, {"image": inputs["image"]}
         if node["class_type"] in EMPTY:
             inputs |= {"width": 64, "height": 64} | ({"length": seconds} if seconds else {})
         if node["class_type"] in ("ImageScale", "WanVaceToVideo"):
@@ -356,7 +363,18 @@ def without_encoder(prompt, seconds=None):
         if node["class_type"] == "LoadVideo":
             inputs["file"] = "driving.mp4"
         out[key] = {"class_type": node["class_type"], "inputs": inputs}
+    if every(out, "WanAnimateToVideo"):
+        in_short_clips(out, length=1 + 4 * (seconds - 1))
     return out
+
+
+def in_short_clips(prompt, length):
+    """Two clips of Wan Animate, of 5 frames and one step: its motion encoder, of full size, takes seconds for each frame of
+    each. The overlap is 1 latent frame then, all of it the knot. length: frames of the video."""
+    changes = {"WanAnimateToVideo": {"width": 64, "height": 64, "length": length}, "BasicScheduler": {"steps": 1},
+               "ForcingClips": {"clip_frames": 5, "overlap": 1}, "ForcingStream": {"length": length / 16}}
+    for kind, inputs in changes.items():
+        prompt[only(prompt, kind)]["inputs"] |= inputs
 
 
 def every(prompt, kind):

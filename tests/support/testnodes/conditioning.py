@@ -5,6 +5,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .portrait import TestPose, TestVision
 from .voice import TestVoice
 
 TOKENS, TEXT_DIM = 512, 4096
@@ -57,7 +58,7 @@ class TestClip(io.ComfyNode):
 class TestExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TestTextEncode, TestClip, TestVoice]
+        return [TestTextEncode, TestClip, TestVoice, TestPose, TestVision]
 
 
 async def comfy_entrypoint() -> TestExtension:
