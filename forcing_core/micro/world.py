@@ -70,7 +70,7 @@ class Level:
     size_words: bool = False
 
 
-# What is left out of "plain" was tried and did not hold: on gray, where nothing is clipped, the rims that the latent code leaves
+# What is left out of "plain" was tried and did not hold: on gray, where nothing is clipped, rims that the latent code leaves
 # count as a second thing, and nearly all clips that failed were on it.
 LEVELS = {
     "plain": Level(backgrounds=("dark", "light")),
