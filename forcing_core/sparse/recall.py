@@ -27,7 +27,7 @@ from .light import LightOptions
 from .passes import PROMPT, SPARSE, Attention, Sparse, SparsePass, Sparsity
 from .view import Video
 
-NETWORK, SETTING = "student", "self-forcing"
+NETWORK, SETTING = "student", "self-forcing-first4"
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def test_a_checkpoint_file_is_run_with_an_encoded_prompt(tmp_path):
 def test_a_micro_network_is_run_with_its_captions_and_decoded(tmp_path):
     request = replace(REQUEST, weights="student", prompt="a blue square moving up on a light background", frames=6, size=None)
     source = source_of(request, CPU)
-    assert source.size == (64, 64) and source.preset.name == "self-forcing"
-    assert source_of(replace(request, frames=60), CPU).preset.name == "longlive-infinity"
+    assert source.size == (64, 64) and source.preset.name == "micro"
+    assert source_of(replace(request, frames=60), CPU).preset.name == "micro-endless"
     assert alone(request, tmp_path).shape == (1, 16, 6, 8, 8)
     assert (tmp_path / VIDEO).stat().st_size > 500
 
