@@ -149,13 +149,21 @@ def member() -> bool:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """The life of a worker: it ends when its parent has ended, and leaves a report where it fails."""
+    """The life of a worker: it ends when its parent has ended, leaves a report where it fails, and never comes back.
+
+    Python is not wound up: threads of gloo may still let go of tensors, and one that waits for Python's lock while it is
+    wound up aborts the process (public repo pytorch/pytorch, pull request 179291), though all its work is done."""
     threading.Thread(target=_follow_parent, daemon=True).start()
+    status = 0
     try:
         yield
     except Exception as error:
         _report(error)
-        raise SystemExit(1) from None
+        status = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _follow_parent() -> None:
