@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..forcing_core.live import ActionTrack, CameraPath, CameraTrack, LiveDenoiser, live_rollout
 from ..forcing_core.live.driving import KINDS, ActionDrive, LiveHelm, Pace
-from ..forcing_core.live.rollout import live_levels
+from ..forcing_core.live.rollout import context_noise
+from ..forcing_core.micro.live import STEPS
 from ..forcing_core.noise import BlockNoise
 from ..forcing_core.steering import SteeredNoise, Steering, read_log
 from ..forcing_core.streaming import ENDLESS, FORMATS, VideoSink
@@ -42,7 +43,7 @@ class LivePlay:
         self.drive = ActionDrive(config, start.shape[0] + new, prepared)
         self.noise = SteeredNoise(BlockNoise(seed, (1, config.channels), config.latent, device))
         self.steering = Steering(script, kinds=KINDS, check=self._check, pixels=lambda frame: frame)
-        self.denoiser = LiveDenoiser(live.network.model, self.drive, self.noise, live_levels(steps)[-1],
+        self.denoiser = LiveDenoiser(live.network.model, self.drive, self.noise, context_noise(config, steps),
                                      min(window, config.window), live.dtype)
         alive = mm.throw_exception_if_processing_interrupted
         self.helm = LiveHelm(self.steering, self.drive, self.noise, pace, alive)
@@ -144,8 +145,8 @@ class ForcingLiveStream(io.ComfyNode):
                                tooltip="mp4 (H.264) plays everywhere, webm (VP9) is smaller and slower to write, mkv lossless "
                                        "(FFV1) keeps every bit and plays in most players, but not in the browser. 16 bit: "
                                        "for editing, 16 bits a colour instead of 8, in files several times as large."),
-                io.Int.Input("steps", default=6, min=2, max=1000, advanced=True,
-                             tooltip="Solver steps of a frame: 18 as published, 6 for the micro LIVE. Fewer answer sooner."),
+                io.Int.Input("steps", default=STEPS, min=2, max=1000, advanced=True,
+                             tooltip="Solver steps of a frame: 18 as published, 3 for the micro LIVE. Fewer answer sooner."),
                 io.Int.Input("window", default=32, min=2, max=32, advanced=True,
                              tooltip="Frames that are seen at once, the new one included; at most as many as trained (the "
                                      "micro LIVE: 8)."),
@@ -161,7 +162,7 @@ class ForcingLiveStream(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, live, image, seed, length, fps, real_time, filename_prefix, format, steps=6, window=32, track=None,
+    def execute(cls, live, image, seed, length, fps, real_time, filename_prefix, format, steps=STEPS, window=32, track=None,
                 replay="") -> io.NodeOutput:
         start, hidden = start_pictures(image, live.config), cls.hidden
         pace = Pace(fps if real_time else 0, mm.throw_exception_if_processing_interrupted)

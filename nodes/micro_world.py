@@ -21,7 +21,7 @@ class ForcingMicroWorld(io.ComfyNode):
             inputs=[
                 io.Combo.Input("shape", options=list(steer.MOVED), default="square", tooltip="What the keys move."),
                 io.Combo.Input("colour", options=list(COLOURS), default="red", tooltip="Of the shape."),
-                io.Combo.Input("background", options=list(BACKGROUNDS), default="gray", tooltip="Of all the rest."),
+                io.Combo.Input("background", options=list(steer.GROUNDS), default="light", tooltip="Of all the rest."),
             ],
             outputs=[io.Image.Output(tooltip="Connect to image of Forcing LIVE Stream or Forcing LIVE Sampler.")],
         )

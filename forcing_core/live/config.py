@@ -23,7 +23,8 @@ class LiveConfig:
     latent: (rows, columns) of the latent, both even. window: frames of the longest sequence, positions 0..window-1.
     rope: channels of a head that turn with time, row and column; they add up to a head. condition: key of CONDITIONS.
     condition_dim: numbers a frame has of it. cell: pixels of a latent cell, each way. actions: names of those that occurred in
-    training, one at a time; None for all, in any company. Raises ForcingError for sizes that do not divide.
+    training, one at a time; None for all, in any company. context: sigma of the noise that a context gets; None for that of the
+    last step of sampling, as published. Raises ForcingError for sizes that do not divide.
     """
 
     dim: int = 1536
@@ -39,6 +40,7 @@ class LiveConfig:
     condition_dim: int = 6
     cell: int = DOWNSAMPLING
     actions: tuple[str, ...] | None = None
+    context: float | None = None
 
     def __post_init__(self):
         if self.dim % self.heads or sum(self.rope) != self.dim // self.heads or any(d % 2 for d in self.rope):

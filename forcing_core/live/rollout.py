@@ -19,6 +19,7 @@ from ..schedule import TRAIN_STEPS, Level
 from ..solvers import dpm
 from ..streaming import ENDLESS, EndlessBlocks
 from .conditions import Track, check_track
+from .config import LiveConfig
 from .denoiser import LiveDenoiser
 from .model import LiveModel, check_latents
 
@@ -37,6 +38,13 @@ def live_levels(steps: int = STEPS, shift: float = SHIFT) -> tuple[Level, ...]:
     return tuple(Level(float(int(TRAIN_STEPS * sigma)), float(sigma)) for sigma in sigmas)
 
 
+def context_noise(config: LiveConfig, steps: int = STEPS) -> Level:
+    """Noise of the context in a rollout of so many steps."""
+    if config.context is None:
+        return live_levels(steps)[-1]
+    return Level(float(int(TRAIN_STEPS * config.context)), config.context)
+
+
 def live_rollout(net: LiveModel, track: Track, given: Tensor, frames: int, noise: Noise, *, window: int | None = None,
                  steps: int = STEPS, block: int = 1, context_level: Level | None = None, dtype: torch.dtype = torch.float32,
                  resume: RolloutState | None = None, denoiser: LiveDenoiser | None = None,
@@ -44,7 +52,7 @@ def live_rollout(net: LiveModel, track: Track, given: Tensor, frames: int, noise
     """Yield (block, x0 [B, C, n, H, W]) of `frames` frames that follow the `given` ones [B, C, M, H, W].
 
     track: as long as given and new frames together. window: frames of a sequence, by default the network's. block: frames
-    made together, 1 as published. context_level: noise of the context, by default the last step's. dtype: of the weights.
+    made together, 1 as published. context_level: noise of the context, by default the network's. dtype: of the weights.
     denoiser: one that is kept by the caller, for its state. steer: called before every block, see `block_rollout`; with
     frames=ENDLESS it ends the rollout. Raises ForcingError for tracks, lengths and windows that do not
     fit, before anything runs.
@@ -56,7 +64,8 @@ def live_rollout(net: LiveModel, track: Track, given: Tensor, frames: int, noise
     check_track(track, net.config, given.shape[2] + frames)
     start = given.shape[2]
     blocks = EndlessBlocks(block, start) if frames == ENDLESS else layout(frames, block, given=start)
-    denoiser = denoiser or LiveDenoiser(net, track, noise, context_level or levels[-1], window or net.config.window, dtype)
+    context = context_level or context_noise(net.config, steps)
+    denoiser = denoiser or LiveDenoiser(net, track, noise, context, window or net.config.window, dtype)
     if block >= denoiser.window:
         raise ForcingError(f"Blocks of {block} frames leave no room for a context in a window of {denoiser.window}. Use "
                            "blocks of 1 frame, as published.")

@@ -22,6 +22,8 @@ from .vae import Z_DIM, MicroVAE
 
 HEAD, ROPE = 32, (4, 14, 14)
 WINDOW = 8
+STEPS = 3  # of the solver: the keys leave nothing open, and more steps only let single cells go astray
+CONTEXT = 0.15  # sigma of a context's noise, as trained
 AT_ONCE = 64  # pictures that go through the VAE together
 CHOICE = "micro LIVE"  # what a list of checkpoints calls it
 # name -> what it is
@@ -32,7 +34,7 @@ SHIPPED = "live_cycle"  # what nodes offer: the one that obeys for longer
 def live_config(dim: int, layers: int) -> LiveConfig:
     """The shape of a micro LIVE."""
     return LiveConfig(dim=dim, layers=layers, heads=dim // HEAD, channels=Z_DIM, latent=(8, 8), window=WINDOW, rope=ROPE,
-                      condition="action", condition_dim=25, cell=CELL, actions=tuple(NAMES.values()))
+                      condition="action", condition_dim=25, cell=CELL, actions=tuple(NAMES.values()), context=CONTEXT)
 
 
 def path(name: str = SHIPPED, folder: Path | None = None) -> Path:

@@ -32,6 +32,7 @@ STEP, REACH, RADIUS = 16.0, 1, 9.0  # pixels between places, places from the mid
 HOLD = 3  # frames that a key of a random play is held at most
 # Triangles were tried and did not hold: at a step of a token their tips come apart, and within half a minute they are gone.
 MOVED = ("circle", "square")
+GROUNDS = ("dark", "light")  # gray is left out here as in the world of the film models: half of what is lost, is lost there
 # key -> (right, down); the opposite of each is what takes its step back
 KEYS = {"none": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = (0, 2, 1, 4, 3)
@@ -52,9 +53,10 @@ class Worlds:
 def draw(seed: int, n: int) -> Worlds:
     """n random worlds, the same on every machine."""
     generator = torch.Generator("cpu").manual_seed(mix(seed, 0x57E))
-    counts = (len(MOVED), len(COLOURS), len(BACKGROUNDS), 2 * REACH + 1, 2 * REACH + 1)
+    counts = (len(MOVED), len(COLOURS), len(GROUNDS), 2 * REACH + 1, 2 * REACH + 1)
     shape, colour, background, x, y = (torch.randint(count, (n,), generator=generator) for count in counts)
     shape = torch.tensor([SHAPES.index(name) for name in MOVED])[shape]
+    background = torch.tensor([list(BACKGROUNDS).index(name) for name in GROUNDS])[background]
     return Worlds(shape, colour, background, torch.stack([x, y], 1) - REACH)
 
 

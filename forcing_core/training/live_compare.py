@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..live.model import LiveModel
-from ..live.rollout import live_levels, live_rollout
+from ..live.rollout import live_rollout
 from ..live.there_and_back import there_and_back
 from ..media import save_png
 from ..micro import steer
 from ..micro.code import LinearCode
-from ..micro.live import NETWORKS, encode
+from ..micro.live import NETWORKS, STEPS, encode
 from ..noise import BlockNoise, mix
 from .plot import picture
 from .state import write_whole
@@ -34,8 +34,8 @@ class Options:
     """seconds of play of so many worlds; steps of every frame; back: seconds there, and as many back."""
 
     seconds: int = 60
-    worlds: int = 24
-    steps: int = 12
+    worlds: int = 64
+    steps: int = STEPS
     back: int = 10
     seed: int = 1
 
@@ -72,7 +72,7 @@ def play(net: LiveModel, code: LinearCode, options: Options) -> dict[str, Any]:
     places = steer.walk(worlds.start, pressed)
     truth = steer.paint(worlds, places)
     noise = BlockNoise(mix(options.seed, 2), (options.worlds, net.config.channels), net.config.latent)
-    how = {"steps": options.steps, "context_level": live_levels()[-1]}
+    how = {"steps": options.steps}
     given = encode(code, truth[:, :, :1])
     made = live_rollout(net, Plays(steer.rows(pressed)), given, frames - 1, noise, **how)
     video = decode(code, torch.cat([given, *(x0 for _, x0 in made)], dim=2))

@@ -50,7 +50,7 @@ def live_steer():
     live = graph.add("ForcingLiveCheckpoint", checkpoint=CHOICE, autoencoder=INSIDE, dtype="default")
     graph.group("2  World", PROMPTS)
     graph.column(320)
-    image = graph.add("ForcingMicroWorld", "Start picture", shape="circle", colour="red", background="gray")
+    image = graph.add("ForcingMicroWorld", "Start picture", shape="circle", colour="red", background="light")
     track = graph.add("ForcingActionTrack", "Demonstration", 240, frames=81, text=KEYS)
     graph.group("3  Play", VIDEO)
     graph.column(440)

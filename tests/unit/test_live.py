@@ -5,6 +5,7 @@ import json
 import math
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,12 @@ from forcing_pack.forcing_core.live import (
 )
 from forcing_pack.forcing_core.live.camera_path import preset_path
 from forcing_pack.forcing_core.live.random import fill, random_state
-from forcing_pack.forcing_core.live.rollout import live_levels
+from forcing_pack.forcing_core.live.rollout import context_noise, live_levels
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.presets import get
 from forcing_pack.forcing_core.rollout import RolloutState
 from forcing_pack.forcing_core.saved import Saved, split
-from forcing_pack.forcing_core.schedule import CLEAN
+from forcing_pack.forcing_core.schedule import CLEAN, Level
 from forcing_pack.forcing_core.solvers import SOLVERS, dpm
 from safetensors import safe_open
 
@@ -73,6 +74,15 @@ def test_levels_are_the_published_grid():
         assert level.timestep == math.floor(1000 * level.sigma)
     with pytest.raises(ForcingError, match="at least 2"):
         live_levels(1)
+
+
+def test_the_noise_of_a_context_is_the_networks_own_where_it_has_one(net, given, monkeypatch):
+    """Else that of the last step, as published: fewer steps then mean a noisier context."""
+    assert context_noise(SMALL, 6) == live_levels(6)[-1] and live_levels(6)[-1].sigma > 2 * live_levels()[-1].sigma
+    published, said = video(net, given), video(net, given, context_level=Level(150.0, 0.15))
+    assert torch.equal(published, video(net, given, context_level=live_levels(4)[-1])) and not torch.equal(published, said)
+    monkeypatch.setattr(net, "config", replace(SMALL, context=0.15))
+    assert torch.equal(video(net, given), said)
 
 
 def test_solver_is_exact_for_a_known_x0_and_of_second_order():

@@ -9,7 +9,7 @@ from forcing_pack.forcing_core.live.camera_path import preset_path
 from forcing_pack.forcing_core.live.conditions import ACTIONS, check_track
 from forcing_pack.forcing_core.live.driving import KINDS, ActionDrive, LiveHelm, Pace
 from forcing_pack.forcing_core.live.random import fill
-from forcing_pack.forcing_core.live.rollout import live_levels
+from forcing_pack.forcing_core.live.rollout import context_noise
 from forcing_pack.forcing_core.micro import live as micro
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.plan import Block
@@ -33,7 +33,7 @@ def play(net, plan=None, script=(), new=ENDLESS, prepared=None):
     drive, noise = ActionDrive(CONFIG, 1 + new, prepared), SteeredNoise(BlockNoise(1, (1, 16), (8, 8)))
     drive.decide(1)
     steering = Steering(script, kinds=KINDS, check=lambda c: drive.read(c.held), pixels=lambda frame: frame)
-    denoiser = LiveDenoiser(net, drive, noise, live_levels(2)[-1], CONFIG.window)
+    denoiser = LiveDenoiser(net, drive, noise, context_noise(CONFIG, 2), CONFIG.window)
     made = []
     for block, x0 in live_rollout(net, drive, torch.zeros(1, 16, 1, 8, 8), new, noise, steps=2, denoiser=denoiser,
                                   steer=LiveHelm(steering, drive, noise, Pace(0))):

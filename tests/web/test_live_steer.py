@@ -218,7 +218,7 @@ def world(**more):
     stream = {"seed": time.time_ns() % 1000000, "length": 0.0, "fps": 8.0, "real_time": True,
               "filename_prefix": "video/steer", "format": "mkv lossless", "steps": 4, "window": 8, **more}
     return {"live": node("ForcingLiveCheckpoint", checkpoint=live.CHOICE, autoencoder="inside the checkpoint", dtype="default"),
-            "start": node("ForcingMicroWorld", shape="square", colour="red", background="gray"),
+            "start": node("ForcingMicroWorld", shape="square", colour="red", background="light"),
             "stream": node("ForcingLiveStream", live=["live", 0], image=["start", 0], **stream)}
 
 
