@@ -16,8 +16,9 @@ from .sampler import CausalSampler
 
 NOISE = {"per block": "block", "as ComfyUI's AR sampler": "comfy", "reference order": "reference"}
 TIMESTEPS = {"1000 x sigma": "exact", "rounded (CausVid)": "round", "truncated (AR teacher)": "floor"}
-ACCELERATE = {"off": "off", "fused kernels": "kernels", "CUDA graphs": "graphs", "prefetch paged weights": "prefetch",
-              "all of them": "all"}
+ACCELERATE = {"off": {}, "joined passes": {"joined": True}, "fused kernels": {"accelerate": "kernels"},
+              "CUDA graphs": {"accelerate": "graphs"}, "prefetch paged weights": {"accelerate": "prefetch"},
+              "all of these three": {"accelerate": "all"}}
 SOLVERS = {"few steps (distilled)": "renoise", "UniPC (AR teacher)": "unipc"}
 
 
@@ -126,9 +127,11 @@ class ForcingSampler(io.ComfyNode):
                                  tooltip="On: pressing Cancel returns the blocks finished so far and the graph goes on "
                                          "with them. Off: Cancel stops the graph, as everywhere in ComfyUI."),
                 io.Combo.Input("accelerate", options=list(ACCELERATE), default="off", advanced=True,
-                               tooltip="For NVIDIA cards; does nothing elsewhere. fused kernels need Triton and round a little "
-                                       "differently. CUDA graphs pay in long videos with a window, while the model fits into "
-                                       "memory; prefetching where it does not (dynamic VRAM)."),
+                               tooltip="joined passes: the clean pass of a block and the first pass of the next one in one, "
+                                       "which saves a few percent and rounds a little differently. The others are for NVIDIA "
+                                       "cards and do nothing elsewhere: fused kernels need Triton and round a little differently "
+                                       "too, CUDA graphs pay in long videos with a window, while the model fits into memory; "
+                                       "prefetching where it does not (dynamic VRAM)."),
             ],
             outputs=[io.Sampler.Output()],
         )
@@ -142,7 +145,7 @@ class ForcingSampler(io.ComfyNode):
             block=block, cache=cache or WindowOptions(block=block), independent_first=independent_first_frame,
             first_sigmas=first, context_timestep=context_timestep, noise=NOISE[noise], timesteps=TIMESTEPS[timesteps],
             solver=SOLVERS[solver], allow_tail=allow_short_tail, keep_on_interrupt=keep_on_interrupt,
-            accelerate=ACCELERATE[accelerate])))
+            **ACCELERATE[accelerate])))
 
 
 def _sigmas(text: str, shift: float, warp: bool) -> tuple[float, ...]:

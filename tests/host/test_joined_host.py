@@ -1,6 +1,8 @@
 """Clean passes in one call of ComfyUI's guider with the noisy ones behind them: the same video in fewer calls."""
 import pytest
+from forcing_pack.forcing_core.accelerate import WAYS
 from forcing_pack.forcing_core.policies import EmaSinkOptions, WindowOptions
+from forcing_pack.nodes.sampling import ACCELERATE, ForcingSampler
 from forcing_testkit import hostkit
 
 CACHE = WindowOptions(6, 1, positions="relative")
@@ -36,3 +38,12 @@ def test_patches_and_other_memories_stay_apart():
     patched.set_model_patch(lambda args: args["x"], "attn1_patch")
     assert set(made(True, patched)[1]) == {3}
     assert set(made(True, cache=EmaSinkOptions(6, 3))[1]) == {3}
+
+
+def test_the_node_offers_joined_passes_and_every_way_to_accelerate():
+    made = {name: ForcingSampler.execute(block=3, accelerate=name)[0].rollout for name in ACCELERATE}
+    assert [name for name, options in made.items() if options.joined] == ["joined passes"]
+    assert {options.accelerate for options in made.values()} == set(WAYS)
+    guider = hostkit.guider(hostkit.plain())
+    clips = [hostkit.run(guider, ForcingSampler.execute(block=3, accelerate=name)[0], 12) for name in ("off", "joined passes")]
+    assert 0 < hostkit.relative(clips[0].latents, clips[1].latents) <= 1e-6
