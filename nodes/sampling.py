@@ -130,8 +130,8 @@ class ForcingSampler(io.ComfyNode):
                                tooltip="joined passes: the clean pass of a block and the first pass of the next one in one, "
                                        "which saves a few percent and rounds a little differently. The others are for NVIDIA "
                                        "cards and do nothing elsewhere: fused kernels need Triton and round a little "
-                                       "differently too, CUDA graphs pay in long videos with a window, while the model fits into memory; "
-                                       "prefetching where it does not (dynamic VRAM)."),
+                                       "differently too, CUDA graphs pay in long videos with a window, while the model fits "
+                                       "into memory; prefetching where it does not (dynamic VRAM)."),
             ],
             outputs=[io.Sampler.Output()],
         )
