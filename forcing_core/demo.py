@@ -21,7 +21,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from .denoiser import NetworkDenoiser
 from .errors import ForcingError
-from .media import ContactSheet, save_png, write_mp4
+from .media import ContactSheet, check_writers, save_png, write_mp4
 from .micro.source import MicroSource
 from .noise import BlockNoise
 from .options import pixel_frames
@@ -179,7 +179,9 @@ def make(out: str | Path, options: DemoOptions = DemoOptions(), source: Source |
     stop: asked before every forward of the network; once it says True, what has been made is written.
     Raises ForcingError for bad options, an unknown preset and a place that cannot be written to.
     """
-    out, source = _video_path(out), source or MicroSource()
+    out = _video_path(out)
+    check_writers()
+    source = source or MicroSource()
     preset = get(source.usual_preset(options.frames) if options.preset is None else options.preset)
     run = _Run(options, preset, source, stop, progress)
     frames = run.pictures()

@@ -6,7 +6,9 @@ of the core works without them.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
+import sys
 import uuid
 from fractions import Fraction
 from itertools import chain
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CRF = 18  # x264 quality at which compression is not seen
+WRITERS = {"numpy": "numpy", "pillow": "PIL", "av": "av"}  # package -> module
 PAPER, INK = (250, 250, 248), (40, 40, 44)
 
 
@@ -39,6 +42,21 @@ def pillow():
     except ModuleNotFoundError as error:
         raise ForcingError("Drawing pictures needs Pillow. Install it with 'pip install pillow'.") from error
     return Image, ImageDraw, ImageFont
+
+
+def check_writers() -> None:
+    """Raise ForcingError, before long work begins, where something is not installed that its pictures and videos need."""
+    missing = [name for name, module in WRITERS.items() if not _installed(module)]
+    if missing:
+        raise ForcingError(f"Writing pictures and videos needs {' and '.join(missing)}. Install what is missing with "
+                           f"'pip install {' '.join(missing)}', or the pack with 'pip install \".[demo]\"'.")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # loaded, but by no import
+        return sys.modules.get(module) is not None
 
 
 def font(size: int):

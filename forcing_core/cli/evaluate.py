@@ -11,6 +11,7 @@ from ..evaluate import ablations, plots, portrait
 from ..evaluate.run import CAPTIONS, QUICK_CAPTIONS, SECONDS, Options, Progress, Results, evaluate, load, report, strict
 from ..evaluate.settings import ALL, QUICK, USUAL, choose
 from ..evaluate.tables import result_lines, setting_lines, verdict_lines
+from ..media import check_writers
 from ..micro.portrait import FILE
 from ..micro.portrait import load as load_portrait
 from .demo import INTERRUPTED, stop_on_interrupt
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(setting_lines(USUAL)))
         return 0
+    check_writers()
     if args.portrait:
         return run_portrait(args)
     options = options_of(args)

@@ -8,8 +8,9 @@ import av
 import numpy
 import pytest
 from forcing_pack.forcing_core import media
+from forcing_pack.forcing_core.demo import make
 from forcing_pack.forcing_core.errors import ForcingError
-from forcing_pack.forcing_core.media import ContactSheet, contact_sheet, save_png, write_mp4
+from forcing_pack.forcing_core.media import ContactSheet, check_writers, contact_sheet, save_png, write_mp4
 from PIL import Image
 
 
@@ -106,6 +107,17 @@ def test_missing_modules_are_named(tmp_path, monkeypatch):
         write_mp4(tmp_path / "a.mp4", frames(2))
     with pytest.raises(ForcingError, match="pip install pillow"):
         contact_sheet(frames(2))
+
+
+@pytest.mark.parametrize(("gone", "told"), [
+    (("numpy",), "needs numpy. Install what is missing with 'pip install numpy'"),
+    (("PIL", "av"), "needs pillow and av. Install what is missing with 'pip install pillow av'")])
+def test_the_demo_names_what_is_missing_before_it_begins(tmp_path, monkeypatch, gone, told):
+    check_writers()
+    for module in gone:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ForcingError, match=told):
+        make(tmp_path / "a.mp4", progress=lambda _: pytest.fail("a rollout that cannot be written"))
 
 
 def test_a_contact_sheet_is_spread_over_the_video(tmp_path):
