@@ -32,7 +32,7 @@ STEP, REACH, RADIUS = 16.0, 1, 9.0  # pixels between places, places from the mid
 HOLD = 3  # frames that a key of a random play is held at most
 # Triangles were tried and did not hold: at a step of a token their tips come apart, and within half a minute they are gone.
 MOVED = ("circle", "square")
-GROUNDS = ("dark", "light")  # gray is left out here as in the world of the film models: half of what is lost, is lost there
+GROUNDS = ("dark", "light")  # on gray a shape is lost sooner, here as in the world of the film models
 # key -> (right, down); the opposite of each is what takes its step back
 KEYS = {"none": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = (0, 2, 1, 4, 3)
