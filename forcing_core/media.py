@@ -6,9 +6,8 @@ of the core works without them.
 from __future__ import annotations
 
 import errno
-import importlib.util
+import importlib
 import os
-import sys
 import uuid
 from fractions import Fraction
 from itertools import chain
@@ -54,9 +53,10 @@ def check_writers() -> None:
 
 def _installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # loaded, but by no import
-        return sys.modules.get(module) is not None
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
 def font(size: int):

@@ -222,7 +222,8 @@ class ForcingLiveSampler(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="The same seed and track give the same video; a longer one begins like a shorter one "
                                      "under the same camera."),
-                io.Int.Input("steps", default=18, min=2, max=1000, advanced=True, tooltip="18 as published."),
+                io.Int.Input("steps", default=18, min=2, max=1000, advanced=True,
+                             tooltip="18 as published, 3 for the micro LIVE."),
                 io.Int.Input("window", default=32, min=2, max=32, advanced=True,
                              tooltip="Frames that are seen at once, the new one included; 32 as trained (the micro LIVE: 8). "
                                      "Less is faster and forgets sooner."),

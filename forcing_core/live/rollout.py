@@ -35,14 +35,17 @@ def live_levels(steps: int = STEPS, shift: float = SHIFT) -> tuple[Level, ...]:
     # float32 as in the public code: timesteps are cut off, so the last digit counts
     u = (1.0 - torch.linspace(1.0, 1.0 / TRAIN_STEPS, steps + 1)).flip(0)[:-1]
     sigmas = shift * u / (1 + (shift - 1) * u)
-    return tuple(Level(float(int(TRAIN_STEPS * sigma)), float(sigma)) for sigma in sigmas)
+    return tuple(map(told, sigmas))
+
+
+def told(sigma: Tensor | float) -> Level:
+    """The level of a sigma: its timestep without the fraction, in the precision of the sigma."""
+    return Level(float(int(TRAIN_STEPS * sigma)), float(sigma))
 
 
 def context_noise(config: LiveConfig, steps: int = STEPS) -> Level:
     """Noise of the context in a rollout of so many steps."""
-    if config.context is None:
-        return live_levels(steps)[-1]
-    return Level(float(int(TRAIN_STEPS * config.context)), config.context)
+    return live_levels(steps)[-1] if config.context is None else told(config.context)
 
 
 def live_rollout(net: LiveModel, track: Track, given: Tensor, frames: int, noise: Noise, *, window: int | None = None,

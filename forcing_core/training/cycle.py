@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import ForcingError
 from ..live.attention import Context
 from ..live.model import LiveModel
-from ..live.rollout import live_levels
+from ..live.rollout import live_levels, told
 from ..schedule import TRAIN_STEPS, Level, renoise, table, x0_from_velocity
 from ..solvers import dpm
 from .flow import Noised, add_noise, draw_noise, draw_rows, weighted_mse
@@ -116,7 +116,7 @@ def roll_out(net: LiveModel, start: Tensor, condition: Tensor, options: CycleOpt
 
     All F frames fit in the window, so a frame's keys and values are computed once, at its own light noise."""
     context, frames = Context(), [start]
-    level = Level(float(int(TRAIN_STEPS * options.context)), options.context)
+    level = told(options.context)
     remember(net, context, start, level, condition[:, :start.shape[2]], generator)
     levels = live_levels(options.steps, options.shift)
     for frame in range(start.shape[2], condition.shape[1]):

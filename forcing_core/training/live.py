@@ -18,7 +18,7 @@ from ..live.config import LiveConfig
 from ..live.model import LiveModel
 from ..micro import steer
 from ..micro.code import CELL
-from ..micro.live import WINDOW, encode, live_config, read
+from ..micro.live import CONTEXT, WINDOW, encode, live_config, read
 from ..noise import mix
 from . import cycle
 from .distil import origin
@@ -56,7 +56,7 @@ class LaterSettings(LiveSettings):
     given: true frames of a rollout, see `cycle.CycleOptions`, by the share of `steps` that are done; rollout_steps: of each of
     its frames."""
 
-    steps: int = 2400
+    steps: int = 4800
     muon_lr: float = 0.005
     adamw_lr: float = 8e-4
     given: tuple[int, ...] = (4, 2, 1)
@@ -144,7 +144,7 @@ class PlainTrainer(LiveTrainer):
 
     def __init__(self, settings: LaterSettings, device: str = "cpu", code=None):
         super().__init__(settings, device, code)
-        self.options = cycle.CycleOptions(given=settings.given, steps=settings.rollout_steps)
+        self.options = cycle.CycleOptions(given=settings.given, steps=settings.rollout_steps, context=CONTEXT)
         self.age = 1000
 
     def begin(self, net: LiveModel) -> None:

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import sys
 from argparse import ArgumentParser
 from dataclasses import fields, replace
 
@@ -392,6 +393,12 @@ def test_the_list(capsys):
     assert command.run(arguments("--list")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(settings.SETTINGS) and "window, 21 frames, sink 3" in "".join(lines)
+
+
+def test_missing_packages_come_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ForcingError, match="pip install av'"):
+        command.run(arguments("--weights", tmp_path))
 
 
 def test_complaints_come_first(tmp_path, weights):

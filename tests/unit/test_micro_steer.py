@@ -4,7 +4,7 @@ import torch
 from forcing_pack.forcing_core.errors import ForcingError
 from forcing_pack.forcing_core.live.conditions import ACTIONS
 from forcing_pack.forcing_core.micro import bundle, code, live, steer
-from forcing_pack.forcing_core.micro.names import SHAPES
+from forcing_pack.forcing_core.micro.names import BACKGROUNDS, SHAPES
 from forcing_pack.forcing_core.training import live_compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +55,7 @@ def test_shapes_stand_where_they_should(worlds, play, video):
     assert float((seen - places).abs().max()) < 0.1 and int(places.abs().max()) == steer.REACH
     assert video.shape == (B, 3, F, 64, 64) and bool(steer.kept(video, worlds).all())
     assert set(worlds.shape.tolist()) == {0, 1} == {SHAPES.index(name) for name in steer.MOVED}
+    assert {list(BACKGROUNDS)[index] for index in worlds.background.tolist()} == {"dark", "light"} == set(steer.GROUNDS)
 
 
 def test_obedience_is_read_from_the_pixels(worlds, play, video):

@@ -43,6 +43,14 @@ def test_workers_that_end_well_say_nothing(played):
     assert [worker.process.returncode for worker in workers] == [0, 0, 0]
 
 
+def test_a_worker_whose_work_is_done_is_not_wound_up(played, capfd):
+    """What would happen then, here an abort as gloo's threads may cause it, is no failure; what it said is heard."""
+    workers = played("import atexit\natexit.register(os.abort)\nprint('done', rank)")
+    launch([[REQUEST]] * 2, together=True, advice=lambda: "Go on.")
+    assert [worker.process.returncode for worker in workers] == [0, 0]
+    assert sorted(capfd.readouterr().out.split("\n")) == ["", "done 0", "done 1"]
+
+
 def test_one_that_fails_ends_those_that_wait_for_it(played):
     workers = played("if rank == 1: raise KeyError('x')\ntime.sleep(600)")
     assert ended(3) == "Process 1 of 3 failed: KeyError: 'x'. Go on."
