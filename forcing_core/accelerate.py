@@ -1,4 +1,5 @@
-"""What a card can be asked to do beside the plain forward. Everything is off unless it is asked for.
+"""What a device can be asked to do beside the plain forward. Everything on a card is off unless it is asked for; on a CPU its
+kernels are always used, since there is nothing to set up and they were measured to be faster.
 
     kernels   fused Triton kernels (`kernels/`): less memory traffic between matrix products; rounds a little differently
     graphs    CUDA graphs (`graphs.py`): no time lost to launching kernels; the same numbers
@@ -12,7 +13,7 @@ import torch
 
 from .errors import ForcingError
 from .graphs import Graphs, graphs_for
-from .kernels import Ordinary, kernels_for, ordinary
+from .kernels import PLAIN, Kernels, Ordinary, kernels_for, ordinary
 from .wan import Ops
 
 
@@ -34,10 +35,15 @@ def way(name: str) -> Acceleration:
     return WAYS[name]
 
 
-def faster(ops: Ops, name: str, device: torch.device | str, norms: Ordinary = ordinary) -> Ops:
-    """The operations with fused kernels, if this way has them and the device can run them. Not for what is compiled, where
-    the compiler makes kernels of its own. norms: which may be taken apart."""
-    return replace(ops, kernels=kernels_for(device, norms)) if way(name).kernels else ops
+def kernels_of(name: str, device: torch.device | str, modules: Ordinary = ordinary) -> Kernels:
+    """The kernels that the device can run, if this way has them, and on a CPU in every way. Not for what is compiled, where
+    the compiler makes kernels of its own. modules: which may be taken apart; ask again when modules were changed."""
+    return kernels_for(device, modules) if way(name).kernels or torch.device(device).type == "cpu" else PLAIN
+
+
+def faster(ops: Ops, name: str, device: torch.device | str) -> Ops:
+    """The operations with those kernels."""
+    return replace(ops, kernels=kernels_of(name, device))
 
 
 def graphs_of(name: str, device: torch.device | str) -> Graphs | None:

@@ -27,6 +27,7 @@ from ..forcing_core.schedule import Level
 from ..forcing_core.wan import Ops, TextState, blended
 from .host_accelerate import Forwards
 from .host_audio import Audio
+from .host_batch import straight
 from .host_conditioning import FrameConds, beside, check_extras, is_plain, network, text_of
 from .host_memory import KEY, Shape, compute_dtype, remembering
 from .host_ops import causal_ops
@@ -59,6 +60,7 @@ class HostDenoiser:
         wrappers = model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
         # in place of that of a finished run on the same options, which would answer first
         wrappers.setdefault(WrappersMP.DIFFUSION_MODEL, {})[KEY] = [torch.compiler.disable(self._network)]
+        wrappers.setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [straight]
         net = network(self.guider.inner_model)
         self._frames = FrameConds(lambda: (self.call[1], len(self.call[0])), net.out_dim,
                                   lambda cond: self._ruling(cond["uuid"], cond["model_conds"]["c_crossattn"].cond))

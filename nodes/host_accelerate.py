@@ -14,27 +14,29 @@ import comfy.ldm.modules.attention as host_attention
 import comfy.ops
 from torch import Tensor, nn
 
-from ..forcing_core.accelerate import faster, graphs_of, way
-from ..forcing_core.kernels import resident, untouched
+from ..forcing_core.accelerate import graphs_of, kernels_of, way
+from ..forcing_core.kernels import KINDS as TORCHS
+from ..forcing_core.kernels import PLAIN, Kernels, resident, untouched
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.passes import Exchange
 from ..forcing_core.wan import Ops, TextState, forward
 from .host_conditioning import is_plain
 
 log = logging.getLogger(__name__)
-NORMS = {nn.LayerNorm, nn.RMSNorm} | {getattr(kind, name) for kind in (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
-                                      for name in ("LayerNorm", "RMSNorm")}
+KINDS = TORCHS | {getattr(kind, name) for kind in (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
+                   for name in ("LayerNorm", "RMSNorm", "Linear")}
 EXACT = "comfy"  # the noise that asks for core's numbers to the last bit
 
 
 def _as_loaded(module: nn.Module) -> bool:
     """Whether ComfyUI does nothing to the weights when the module is called: no LoRA put on then, no paging."""
-    return not (getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()) or hasattr(module, "_v"))
+    held = module.__dict__
+    return not (held.get("weight_function") or held.get("bias_function") or "_v" in held)
 
 
-def plain_norm(module: nn.Module, like: Tensor) -> bool:
-    """The rule of `kernels.ordinary` for ComfyUI's norms, whose numbers may be taken instead of calling them."""
-    return type(module) in NORMS and _as_loaded(module) and untouched(module) and resident(module, like)
+def plain_module(module: nn.Module, like: Tensor) -> bool:
+    """The rule of `kernels.ordinary` for ComfyUI's modules, whose numbers may be taken instead of calling them."""
+    return type(module) in KINDS and _as_loaded(module) and untouched(module) and resident(module, like)
 
 
 def can_record(net: nn.Module, transformer_options: dict, device) -> bool:
@@ -53,16 +55,17 @@ class Forwards:
 
     def __init__(self, options: RolloutOptions, patcher: Any, compiled: bool):
         self._way, self._name = way(options.accelerate), options.accelerate
-        self._device = patcher.load_device
+        self._device, self._patcher = patcher.load_device, patcher
         # the compiler fuses by itself; and fused kernels round otherwise than ComfyUI
         self._fused = not compiled and options.noise != EXACT
+        self._kernels, self._weights = PLAIN, None
         recordable = self._way.graphs and not compiled and not patcher.is_dynamic()
         self.graphs = graphs_of(self._name, self._device) if recordable else None
 
     def run(self, net: nn.Module, x: Tensor, timesteps: Tensor, text: TextState, memory: Exchange, ops: Ops, side: Any,
             transformer_options: dict) -> Tensor | None:
         if self._fused:
-            ops = faster(ops, self._name, self._device, plain_norm)
+            ops = replace(ops, kernels=self._found())
         ahead = Ahead(net, x.device, text, transformer_options) if self._way.prefetch else None
         if ahead is not None and ahead.queue is not None:
             return ahead.run(net, x, timesteps, text, memory, ops, side)
@@ -73,7 +76,14 @@ class Forwards:
             log.warning("CUDA graphs cannot be used here and are off for this run: %s", self.graphs.off)
         return velocity
 
+    def _found(self) -> Kernels:
+        """The kernels for the modules as they are since ComfyUI patched them last."""
+        if self._weights != self._patcher.patches_uuid:
+            self._weights, self._kernels = self._patcher.patches_uuid, kernels_of(self._name, self._device, plain_module)
+        return self._kernels
+
     def free(self) -> None:
+        self._kernels, self._weights = PLAIN, None
         if self.graphs is not None:
             self.graphs.free()
 

@@ -32,6 +32,13 @@ class _Attention:
                                                   transformer_options=self._options)
 
 
+def _attention(transformer_options: dict):
+    """ComfyUI's attention; without the way there, where it would do no more on a CPU than call torch's."""
+    torchs = host_attention.optimized_attention is host_attention.attention_pytorch and mm.cpu_state == mm.CPUState.CPU
+    plain = torchs and "optimized_attention_override" not in transformer_options
+    return Ops().attention if plain else _Attention(transformer_options)
+
+
 def _parameter(parameter: Tensor, like: Tensor) -> Tensor:
     return mm.cast_to(parameter, dtype=like.dtype, device=like.device)
 
@@ -83,7 +90,7 @@ def _cross_attention(transformer_options: dict):
 def causal_ops(transformer_options: dict, sinusoid: torch.dtype, compile_with) -> Ops:
     """What the causal forward calls instead of torch: ComfyUI's attention, casts and patches."""
     patches = transformer_options.get("patches", {})
-    return Ops(attention=_Attention(transformer_options), parameter=_parameter,
+    return Ops(attention=_attention(transformer_options), parameter=_parameter,
                cross_attention=_cross_attention(transformer_options), around_block=_around_block(transformer_options),
                after_self_attention=_after(patches.get("attn1_patch", []), transformer_options),
                after_cross_attention=_after(patches.get("attn2_patch", []), transformer_options),

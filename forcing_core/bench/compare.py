@@ -47,8 +47,8 @@ def load_compare(repository: Path = REPOSITORY) -> Compare:
     host = str(find_comfyui(repository))
     # first on the path: the checkout's module `nodes`, not a folder `nodes` of the working directory
     sys.path[:] = [host, *(entry for entry in sys.path if entry != host)]
-    _package(PARENT, repository)
-    _package(f"{PARENT}.nodes", repository / "nodes")
+    package(PARENT, repository)
+    package(f"{PARENT}.nodes", repository / "nodes")
     try:
         return importlib.import_module(f"{PARENT}.nodes.compare").compare
     except ImportError as error:
@@ -56,7 +56,7 @@ def load_compare(repository: Path = REPOSITORY) -> Compare:
                            "and ComfyUI 0.21 or later.") from error
 
 
-def _package(name: str, folder: Path) -> None:
+def package(name: str, folder: Path) -> None:
     """Make `folder` importable as `name` without running its __init__.py."""
     if name not in sys.modules:
         package = types.ModuleType(name)

@@ -8,8 +8,9 @@
     solver        noise, x0, what happens between two forwards
     decode        the VAE, where the model has one
 
-Two floors: the operations of matmul and attention over the measured rate of a large matmul, and the bytes that they move -
-every operand and every result once - over the measured rate of a large copy.
+Two floors: the operations of matmul and attention over the measured rate of a large matmul (by the kernel that is faster at
+it, where there are two), and the bytes that they move - every operand and every result once - over the measured rate of a
+large copy.
 """
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..accelerate import kernels_of
 from ..denoiser import NetworkDenoiser
+from ..kernels import PLAIN, Kernels
 from .clock import Clock, clock
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product sets the rate
@@ -60,10 +63,12 @@ def rates(device: str, dtype: torch.dtype, kind: str = "wall") -> Rates:
     where, watch = device.split(":")[0], clock(device, kind)
     side = SIDE[where]
     a, out = torch.randn(side, side, device=device).to(dtype), torch.empty(side, side, device=device, dtype=dtype)
+    layer, kernels = nn.Linear(side, side, bias=False, device=device, dtype=dtype), kernels_of("off", device)
+    with torch.no_grad():
+        product = min(_best(watch, lambda: torch.mm(a, a, out=out)), _best(watch, lambda: kernels.linear(layer, a)))
     source = torch.empty(COPIED[where], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source).fill_(0)
-    return Rates(2 * side ** 3 / _best(watch, lambda: torch.mm(a, a, out=out)),
-                 2 * COPIED[where] / _best(watch, lambda: target.copy_(source)))
+    return Rates(2 * side ** 3 / product, 2 * COPIED[where] / _best(watch, lambda: target.copy_(source)))
 
 
 def _best(watch: Clock, work: Callable[[], Any]) -> float:
@@ -104,8 +109,17 @@ class Meter:
 
     def leave(self, module: nn.Module, args: tuple, out: Tensor) -> None:
         self.spans["matmul"].append((self._open.pop(), self.watch.stamp()))
-        self.operations += 2 * out.numel() * prod(module.weight.shape[1:])
-        self.bytes += sum(t.numel() * t.element_size() for t in (args[0], module.weight, out))
+        self._product(module, args[0], out.numel())
+
+    def products(self, out: Tensor, module: nn.Module, x: Tensor) -> None:
+        """Of a linear layer, or of a feed-forward network, where what one layer gives is what the next one takes."""
+        for layer in (m for m in module.modules() if isinstance(m, nn.Linear)):
+            self._product(layer, x, x.numel() // x.shape[-1] * layer.out_features)
+            x = x.new_empty(1).expand(*x.shape[:-1], layer.out_features)
+
+    def _product(self, module: nn.Module, x: Tensor, results: int) -> None:
+        self.operations += 2 * results * prod(module.weight.shape[1:])
+        self.bytes += (x.numel() + results) * x.element_size() + module.weight.numel() * module.weight.element_size()
 
     def seconds(self, part: str) -> float:
         return sum(self.watch.seconds(a, b) for a, b in self.spans[part])
@@ -116,7 +130,8 @@ class Metered:
 
     def __init__(self, denoiser: NetworkDenoiser, meter: Meter):
         self._denoiser, self._meter = denoiser, meter
-        denoiser.ops = replace(denoiser.ops, attention=meter.timed("attention", denoiser.ops.attention, meter.attention))
+        denoiser.ops = replace(denoiser.ops, attention=meter.timed("attention", denoiser.ops.attention, meter.attention),
+                               kernels=_timed_kernels(denoiser.ops.kernels, meter))
         for condition in denoiser.conditions:
             condition.memory.begin = _begins(condition.memory.begin, meter)
 
@@ -130,6 +145,14 @@ class Metered:
         return getattr(self._denoiser, name)
 
 
+def _timed_kernels(kernels: Kernels, meter: Meter) -> Kernels:
+    """Plain ones call modules, which have hooks then."""
+    if kernels is PLAIN:
+        return PLAIN
+    return replace(kernels, linear=meter.timed("matmul", kernels.linear, meter.products),
+                   ffn=meter.timed("matmul", kernels.ffn, meter.products))
+
+
 def _begins(begin: Callable, meter: Meter) -> Callable:
     begin = meter.timed("store", begin)
 
@@ -141,9 +164,10 @@ def _begins(begin: Callable, meter: Meter) -> Callable:
 
 
 @contextmanager
-def metering(net: nn.Module, meter: Meter) -> Iterator[None]:
-    """Take the times of all linear layers and convolutions of a network."""
-    modules = [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv3d))]
+def metering(net: nn.Module, meter: Meter, kernels: Kernels) -> Iterator[None]:
+    """Take the times of all linear layers and convolutions of a network, but for those that `kernels` run."""
+    run = set() if kernels is PLAIN else {*_in_kernels(net)}
+    modules = [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv3d)) and module not in run]
     hooks = [hook for module in modules
              for hook in (module.register_forward_pre_hook(meter.enter), module.register_forward_hook(meter.leave))]
     try:
@@ -151,6 +175,13 @@ def metering(net: nn.Module, meter: Meter) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _in_kernels(net: nn.Module) -> Iterator[nn.Module]:
+    """The linear layers that `wan.forward` gives to kernels; a prompt's keys and values are made by modules."""
+    for block in net.blocks:
+        mine, prompt = block.self_attn, block.cross_attn
+        yield from (mine.q, mine.k, mine.v, mine.o, prompt.q, prompt.o, *block.ffn)
 
 
 def read(meter: Meter, start: Any, end: Any) -> Parts:

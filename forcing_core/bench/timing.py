@@ -120,7 +120,7 @@ def measure(setup: Setup, cases: Sequence[Case], runs: int = 3, progress: Callab
     timings = [_timing(setup, case, results[case]) for case in cases]
     for place, case in enumerate(cases if parts else ()):
         progress(f"in parts: {label(case)}")
-        timings[place] = replace(timings[place], parts=merged([_in_parts(setup, net, case, n) for n in range(parts)]))
+        timings[place] = replace(timings[place], parts=merged([in_parts(setup, net, case, n) for n in range(parts)]))
     return timings
 
 
@@ -131,7 +131,7 @@ def label(case: Case) -> str:
 @torch.no_grad()
 def _once(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[list[float], int, int | None]:
     """(seconds of each block, bytes of the stores, peak bytes) of one rollout. Its latents are dropped."""
-    denoiser, noise = _begin(setup, net, case, seed)
+    denoiser, noise = begin(setup, net, case, seed)
     watch = clock(setup.device, setup.clock)
     stamps = [watch.stamp()]
     for _ in preset_rollout(setup.preset, Joining(denoiser) if setup.joined else denoiser, case.frames, noise):
@@ -140,7 +140,8 @@ def _once(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[list[floa
     return seconds, sum(condition.memory.store.nbytes for condition in denoiser.conditions), watch.peak
 
 
-def _begin(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[NetworkDenoiser, BlockNoise]:
+def begin(setup: Setup, net: WanModel, case: Case, seed: int) -> tuple[NetworkDenoiser, BlockNoise]:
+    """(denoiser with an empty memory, noise) of one rollout."""
     size = latent_size(*setup.size)
     prompts = [random_prompt(setup.config, i, setup.device, setup.dtype) for i in range(conditions(setup.preset))]
     denoiser = make_denoiser(net, setup.options(case), case.frames, size, prompts, setup.preset.cfg)
@@ -155,13 +156,13 @@ def _compiled(function: Callable) -> Callable:
 
 
 @torch.no_grad()
-def _in_parts(setup: Setup, net: WanModel, case: Case, seed: int) -> Parts:
+def in_parts(setup: Setup, net: WanModel, case: Case, seed: int) -> Parts:
     """One rollout under a meter, decoded block by block where there is a decoder."""
-    denoiser, noise = _begin(setup, net, case, seed)
+    denoiser, noise = begin(setup, net, case, seed)
     meter = Meter(clock(setup.device, setup.clock))
     metered = Metered(denoiser, meter)
     decode = meter.timed("decode", setup.decoder()) if setup.decoder else lambda x0: None
-    with metering(net, meter):
+    with metering(net, meter, denoiser.ops.kernels):
         start = meter.watch.stamp()
         for _, x0 in preset_rollout(setup.preset, Joining(metered) if setup.joined else metered, case.frames, noise):
             decode(x0)

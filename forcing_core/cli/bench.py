@@ -13,6 +13,7 @@ from ..accelerate import WAYS
 from ..bench.budget import GB, WAN_14B, Budget, budget, cards
 from ..bench.clock import HOST, check_device
 from ..bench.compare import load_compare, run_compare
+from ..bench.official import beside_official, check_official
 from ..bench.parts import Rates, rates
 from ..bench.plot import COLOURS, picture
 from ..bench.timing import DTYPES, Case, Setup, Timing, early_late, label, machine, measure, record, write_json
@@ -29,8 +30,10 @@ HELP = ("Time whole rollouts and their parts against two floors, the operations 
         "bytes over that of a copy: blocks early and late in a video, the bytes of the store, the memory of the run. Numbers "
         "are medians; run it on an idle machine. The one command for an NVIDIA card: python -m forcing_core bench --model 1.3b "
         "--device cuda --preset all --size 832x480 576x320 --frames 21 81 161 --window all 12 21 --parts 1 --json bench.json "
-        "--plot bench.png. The same with --accelerate all and other files shows what that brings. The one for a CPU: python -m "
-        "forcing_core bench --compare --clock process --threads 1 --json bench.json.")
+        "--plot bench.png. The same with --accelerate all and other files shows what that brings. The one beside the official "
+        "code, with a line for each acceleration: python -m forcing_core bench --model 1.3b --device cuda --frames 21 81 "
+        "--window 12 21 --official DIR --json official.json. The one for a CPU: python -m forcing_core bench --compare --clock "
+        "process --threads 1 --json bench.json.")
 
 TINY = WanConfig(dim=256, ffn_dim=512, heads=2, layers=2, text_dim=64, text_len=64)
 # name -> (network, usual size in pixels, usual dtype)
@@ -56,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="where to write every number")
     add("--plot", type=Path, metavar="FILE.png", help="draw the parts of every rollout (sets --parts to 1 if it is not given)")
     add("--compare", action="store_true", help="also run ComfyUI's own sampler on the same networks (needs ComfyUI)")
+    add("--official", type=Path, metavar="DIR", help="also run the official Self Forcing code, from a checkout of "
+                                                     "github.com/guandeh17/Self-Forcing, beside ours with and without "
+                                                     "accelerations, on the same network (needs diffusers)")
     add("--budget", action="store_true", help="print the memory of these rollouts, and what fits on cards of 8 to 24 GB, and "
                                               "run nothing")
     add("--frames", type=int, nargs="*", default=[21, 60, 600],
@@ -164,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
             print(line)
         return 0
     compare = load_compare() if args.compare else None
+    if args.official:
+        check_official(args.official, cases(args.frames, args.window))
     check_device(args.device)
     info = machine(args.device)
     if info["load"] and info["load"] > info["cores"] / 2:
@@ -172,13 +180,16 @@ def run(args: argparse.Namespace) -> int:
         show(line)
     timings, rows, rate = _rollouts(args, each)
     compared = _compared(args, compare) if compare is not None else []
+    theirs = _officially(args, first, rate)
     if args.json:
-        write_json(args.json, {"machine": info, "rates": rate and vars(rate), "rollouts": rows, "compare": compared})
+        write_json(args.json, {"machine": info, "rates": rate and vars(rate), "rollouts": rows, "compare": compared,
+                               "official": theirs})
     if args.plot:
         save_png(picture(rows), args.plot)
     print(f"{info['device']}, torch {info['torch']}, {info['threads']} threads, {first.config.dim} wide, "
           f"{first.config.layers} layers, {first.size[0]}x{first.size[1]}, {str(first.dtype).removeprefix('torch.')}")
-    for line in [*rollout_table(timings), *ratio_table(timings), *parts_table(rows, rate), *compare_table(compared)]:
+    for line in [*rollout_table(timings), *ratio_table(timings), *parts_table(rows, rate), *compare_table(compared),
+                 *official_table(theirs)]:
         print(line)
     return 0
 
@@ -203,6 +214,13 @@ def _compared(args: argparse.Namespace, compare) -> list[dict]:
     clock = "wall" if torch.cuda.is_available() else args.clock
     return [row for model in args.compare_models
             for row in run_compare(pairs, COMPARE_RUNS if args.runs is None else args.runs, show, compare, clock, model)]
+
+
+def _officially(args: argparse.Namespace, setup: Setup, rate: Rates | None) -> list[dict]:
+    if not args.official:
+        return []
+    runs, rate = RUNS if args.runs is None else args.runs, rate or rates(args.device, setup.dtype, args.clock)
+    return beside_official(args.official, setup, cases(args.frames, args.window), runs, rate, show)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -280,3 +298,15 @@ def compare_table(rows: list[dict]) -> list[str]:
     cells = [(r.get("model", ""), str(r["frames"]), _window(r["window"]), f"{r['core_seconds']:.2f}", f"{r['our_seconds']:.2f}",
               f"{r['ratio']:.3f}", f"{r['joined_ratio']:.3f}" if "joined_ratio" in r else "-") for r in rows]
     return _table(("model", "frames", "window", "ComfyUI s", "ours s", "ratio", "joined"), cells)
+
+
+def official_table(rows: list[dict]) -> list[str]:
+    """The log of changes: the official code, then ours, plain and with each acceleration."""
+    if not rows:
+        return []
+    cells = [(r["who"], str(r["frames"]), _window(r["window"]), r["attention"], f"{r['seconds']:.2f}",
+              f"{(1 + 4 * (r['frames'] - 1)) / r['seconds']:.1f}", f"{r['first_seconds']:.2f}",
+              "-" if r["peak_bytes"] is None else format_bytes(r["peak_bytes"]), f"{r['floor']:.0%}", f"{r['ratio']:.2f}",
+              f"{r['difference']:.1e}") for r in rows]
+    return _table(("Self Forcing", "frames", "window", "attention", "seconds", "pixel fps", "first block s", "peak",
+                   "floor/run", "ratio", "difference"), cells)

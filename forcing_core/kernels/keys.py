@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..buffers import PLAIN as AS_IT_IS
 from ..passes import Pass
 from ..store import Store
-from . import plain
 from .ordinary import Ordinary
 
 Meet = Callable[..., tuple[Tensor | None, Tensor, Tensor]]
@@ -42,8 +41,8 @@ class Meeting:
         """q, k [B, n, D] as projected, v [B, n, H, d] -> (rotated q, keys, values), [B, n, H, d] each."""
         now, norms = self.now, (attention.norm_q, attention.norm_k)
         if not all(self.ordinary(norm, k) and norm.weight is not None for norm in norms):
-            q = None if q is None else plain.normed(attention.norm_q, q, heads)
-            return now.exchange(layer, q, plain.normed(attention.norm_k, k, heads), v)
+            q = None if q is None else _by_head(attention.norm_q(q), heads)
+            return now.exchange(layer, q, _by_head(attention.norm_k(k), heads), v)
         self._write(layer, attention.norm_k, k, v)
         return now.met(layer, None if q is None else self._query(attention.norm_q, q, v), None, v)
 
@@ -62,6 +61,10 @@ class Meeting:
         own = torch.arange(self.now.call.frames, device=q.device)
         self.kernel(q, norm.weight, _eps(norm, q), self.now.turn, own, None, out)
         return out.flatten(1, 2)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(2, (heads, -1))
 
 
 def _eps(norm: nn.Module, x: Tensor) -> float:

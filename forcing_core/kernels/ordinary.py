@@ -1,27 +1,57 @@
-"""Whether a norm is nothing but its numbers, so that a kernel may take these instead of calling the module."""
+"""Whether a module is nothing but its numbers, so that a kernel may take these instead of calling it."""
 from __future__ import annotations
 
 from typing import Callable
 
+import torch
 from torch import Tensor, nn
 
-KINDS = (nn.LayerNorm, nn.RMSNorm)
+KINDS = {nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.GELU, nn.Sequential}
 Ordinary = Callable[[nn.Module, Tensor], bool]
 
 
 def resident(module: nn.Module, like: Tensor) -> bool:
-    """Whether the weights of a norm, if it has any, are plain ones of the type and on the device of `like`."""
-    own = [p for p in module.parameters(recurse=False)]
-    return all(type(p) is nn.Parameter and p.device == like.device and p.dtype == like.dtype for p in own)
+    """Whether the weights of a module, if it has any of its own, are plain ones of the type and on the device of `like`."""
+    for p in module._parameters.values():
+        if p is not None and (type(p) is not nn.Parameter or p.dtype != like.dtype or p.device != like.device):
+            return False
+    return True
+
+
+def numbers(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of an ordinary module, read the short way."""
+    own = module._parameters
+    return own.get("weight"), own.get("bias")
 
 
 def untouched(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of its class and nothing else."""
-    own = vars(module).get("forward")  # some put the module's own one back on the instance
-    as_made = own is None or getattr(own, "__func__", None) is type(module).forward
-    return as_made and not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"))
+    held = module.__dict__
+    if held["_forward_hooks"] or held["_forward_pre_hooks"] or "parametrizations" in held["_modules"]:
+        return False
+    # some put the module's own one back on the instance
+    return "forward" not in held or getattr(held["forward"], "__func__", None) is type(module).forward
 
 
 def ordinary(module: nn.Module, like: Tensor) -> bool:
-    """Of torch's own norms. A host with norm classes of its own has another rule, which it gives to `fused`."""
+    """Of torch's own. A host with classes of its own has another rule, which it gives to `fused` and `Linears`."""
     return type(module) in KINDS and untouched(module) and resident(module, like)
+
+
+class Known:
+    """A rule that looks at every module once: asked in every forward, it would be a noticeable part of a small one. Good until
+    modules are changed, which new numbers in them are not."""
+
+    def __init__(self, rule: Ordinary):
+        self._rule, self._found = rule, {}
+
+    def __call__(self, module: nn.Module, like: Tensor) -> bool:
+        found = self._found.get(module)
+        if found is None:
+            found = self._found[module] = self._rule(module, like)
+        return found
+
+
+def in_float32(x: Tensor) -> bool:
+    """Whether x is float32 on a CPU, and nobody wants gradients."""
+    return x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled()

@@ -1,6 +1,6 @@
-"""The same three things in plain torch: what the Triton kernels have to equal, and what runs wherever they do not.
+"""The same things in plain torch: what other kernels have to equal, and what runs wherever they do not.
 
-Modules are called here, never opened, so whatever a norm has become (patched, wrapped, quantised, paged) acts.
+Modules are called here, never opened, so whatever a layer has become (patched, wrapped, quantised, paged) acts.
 Axis legend: B batch, F latent frame, n = F*S tokens, D width. What is said of frames is [B, F, 1, D], what is said of all of
 them alike is [B, 1, D].
 """
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift of x [B, n, D]."""
+def modulate(norm: nn.Module, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """norm(x) * factor + shift of x [B, n, D]."""
     if shift.dim() == 3:
-        return torch.addcmul(shift, norm(x), 1 + scale)
-    return torch.addcmul(shift, norm(_frames(x, shift)), 1 + scale).flatten(1, 2)
+        return torch.addcmul(shift, norm(x), factor)
+    return torch.addcmul(shift, norm(_frames(x, shift)), factor).flatten(1, 2)
 
 
 def gate(x: Tensor, y: Tensor, by: Tensor) -> Tensor:
@@ -24,9 +24,9 @@ def gate(x: Tensor, y: Tensor, by: Tensor) -> Tensor:
     return torch.addcmul(_frames(x, by), _frames(y, by), by).flatten(1, 2)
 
 
-def normed(norm: nn.Module, x: Tensor, heads: int) -> Tensor:
-    """norm(x) of x [B, n, D], as heads [B, n, H, d]."""
-    return norm(x).view(*x.shape[:2], heads, -1)
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """A norm, a linear layer or a feed-forward network, [B, n, in] -> [B, n, out]."""
+    return module(x)
 
 
 def _frames(x: Tensor, m: Tensor) -> Tensor:

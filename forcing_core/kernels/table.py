@@ -1,4 +1,4 @@
-"""Which kernels a forward calls: a row for plain torch, a row for Triton."""
+"""Which kernels a forward calls: a row for plain torch, one for Triton, one for CPUs."""
 from __future__ import annotations
 
 import importlib.util
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from . import plain
 from .keys import Meet, Meeting, can_meet
+from .norms import Norms
+from .onednn import Linears, has_onednn
 from .ordinary import Ordinary, ordinary
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,16 +20,20 @@ WIDEST = 16384  # numbers of a row that one program holds
 
 @dataclass(frozen=True)
 class Kernels:
-    """modulate: (norm, x, shift, scale), gate: (x, y, by), as in `plain`. meet(pass): how that pass takes queries and keys
-    that no norm has seen, (layer, attention, heads, q, k, v) -> what `exchange` returns; None where they meet as always.
+    """modulate: (norm, x, shift, factor), gate: (x, y, by), norm, linear and ffn: (module, x), as in `plain`. meet(pass): how
+    that pass takes queries and keys that no norm has seen, (layer, attention, heads, q, k, v) -> what `exchange` returns;
+    None where they meet as always.
     """
 
     modulate: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
     gate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    meet: Callable[[Any], Meet | None]
+    meet: Callable[[Any], Meet | None] = lambda now: None
+    norm: Callable[[nn.Module, Tensor], Tensor] = plain.call
+    linear: Callable[[nn.Module, Tensor], Tensor] = plain.call
+    ffn: Callable[[nn.Module, Tensor], Tensor] = plain.call
 
 
-PLAIN = Kernels(plain.modulate, plain.gate, lambda now: None)
+PLAIN = Kernels(plain.modulate, plain.gate)
 
 
 def has_triton() -> bool:
@@ -50,9 +56,9 @@ def fused(norms: Ordinary = ordinary, here: Callable[[Tensor], bool] = _on_card)
     def fits(x: Tensor, *by: Tensor) -> bool:
         return here(x) and x.dtype in TYPES and x.shape[-1] <= WIDEST and all(t.stride(-1) == 1 for t in by)
 
-    def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        able = fits(x, shift, scale) and norms(norm, x) and norm.weight is None and norm.normalized_shape == x.shape[-1:]
-        return modulate(x, shift, scale, norm.eps) if able else plain.modulate(norm, x, shift, scale)
+    def modulated(norm: nn.Module, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        able = fits(x, shift, factor) and norms(norm, x) and norm.weight is None and norm.normalized_shape == x.shape[-1:]
+        return modulate(x, shift, factor, norm.eps) if able else plain.modulate(norm, x, shift, factor)
 
     def gated(x: Tensor, y: Tensor, by: Tensor) -> Tensor:
         return (gate if fits(x, by) and y.dtype == x.dtype else plain.gate)(x, y, by)
@@ -63,11 +69,20 @@ def fused(norms: Ordinary = ordinary, here: Callable[[Tensor], bool] = _on_card)
     return Kernels(modulated, gated, meet)
 
 
-# name -> kernels(norms)
-KERNELS: dict[str, Callable[[Ordinary], Kernels]] = {"plain": lambda norms: PLAIN, "triton": fused}
+def on_cpu(modules: Ordinary = ordinary) -> Kernels:
+    """oneDNN's linear layers and norms in fewer operations, where those of the network are plain ones in float32; it looks at
+    each of them once. Needs a torch with oneDNN."""
+    linears, norms = Linears(modules), Norms(modules)
+    return Kernels(norms.modulate, plain.gate, norm=norms.norm, linear=linears.linear, ffn=linears.ffn)
 
 
-def kernels_for(device: torch.device | str, norms: Ordinary = ordinary) -> Kernels:
-    """The Triton row on an NVIDIA or AMD card with Triton, the plain one elsewhere."""
-    able = torch.device(device).type == "cuda" and has_triton()
-    return KERNELS["triton" if able else "plain"](norms)
+# name -> kernels(which modules may be taken apart)
+KERNELS: dict[str, Callable[[Ordinary], Kernels]] = {"plain": lambda modules: PLAIN, "triton": fused, "cpu": on_cpu}
+# type of a device -> what has kernels for it, and whether that is there
+THERE: dict[str, tuple[str, Callable[[], bool]]] = {"cuda": ("triton", has_triton), "cpu": ("cpu", has_onednn)}
+
+
+def kernels_for(device: torch.device | str, modules: Ordinary = ordinary) -> Kernels:
+    """Triton's row on an NVIDIA or AMD card, that of CPUs there, where these are there; the plain one elsewhere."""
+    name, there = THERE.get(torch.device(device).type, ("plain", lambda: True))
+    return KERNELS[name if there() else "plain"](modules)

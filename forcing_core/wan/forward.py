@@ -3,7 +3,8 @@
 Axis legend: B batch, C latent channel, F latent frame, h/w latent size, S tokens a frame, n = F*S tokens,
 D width, H heads, d head_dim.
 
-Modules are called, never opened: what a weight is (LoRA-patched, fp8, GGUF, paged) stays the owner's business.
+Modules are called: what a weight is (LoRA-patched, fp8, GGUF, paged) stays the owner's business. Only `kernels/` may do the
+work of one instead, where it is nothing but its numbers.
 Arithmetic follows arXiv 2503.20314 and the public repo guandeh17/Self-Forcing: per-frame timesteps, raw
 (un-modulated-in-time) norms, no gate on cross-attention, no mask anywhere.
 """
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from ..attention import backend
 from ..errors import ForcingError
 from ..kernels import PLAIN, Kernels
-from ..kernels.plain import normed
 from ..passes import Exchange
 from .text import TextState
 from .times import Embedded
@@ -34,7 +34,8 @@ def _cross_attention(layer: int, block: nn.Module, x: Tensor, text: TextState, o
     """Cross-attention of normed x [B, n, D] with the prompt's cached keys and values."""
     attention = block.cross_attn
     k, v = text.keys_values(layer, attention, net.text_embedding)
-    return attention.o(_attend(ops, attention.norm_q(attention.q(x)), k, v, net.num_heads))
+    norm, linear = ops.kernels.norm, ops.kernels.linear
+    return linear(attention.o, _attend(ops, norm(attention.norm_q, linear(attention.q, x)), k, v, net.num_heads))
 
 
 def _whole_block(layer: int, run: Callable[[Tensor], Tensor], x: Tensor, extras: dict) -> Tensor:
@@ -95,12 +96,13 @@ def keys_and_values(block: nn.Module, x: Tensor, m: Sequence[Tensor], heads: int
     projected where it is wanted `raw`."""
     y = kernels.modulate(block.norm1, x, m[0], m[1])
     attention = block.self_attn
-    k = attention.k(y)
-    return y, k if raw else normed(attention.norm_k, k, heads), attention.v(y).view(*y.shape[:2], heads, -1)
+    k, v = kernels.linear(attention.k, y), kernels.linear(attention.v, y)
+    k = k if raw else kernels.norm(attention.norm_k, k).view(*y.shape[:2], heads, -1)
+    return y, k, v.view(*y.shape[:2], heads, -1)
 
 
 def feed_forward(block: nn.Module, x: Tensor, m: Sequence[Tensor], kernels: Kernels = PLAIN) -> Tensor:
-    return kernels.gate(x, block.ffn(kernels.modulate(block.norm2, x, m[3], m[4])), m[5])
+    return kernels.gate(x, kernels.ffn(block.ffn, kernels.modulate(block.norm2, x, m[3], m[4])), m[5])
 
 
 class Beside(Protocol):
@@ -172,15 +174,17 @@ class _Run:
             y = self.flat(q.flatten(2), keys.flatten(2), values.flatten(2), heads)
         else:
             y = self.attend(index, q, keys, values, ops.attention).flatten(2)
-        y = attention.o(ops.after_self_attention(index, y, q=q, k=keys))
+        y = ops.kernels.linear(attention.o, ops.after_self_attention(index, y, q=q, k=keys))
         x = ops.kernels.gate(x, y, m[2])
-        x = x + ops.cross_attention(index, block, block.norm3(x), self.text, self._prompt_ops(index), self.net)
+        y = ops.kernels.norm(block.norm3, x)
+        x = x + ops.cross_attention(index, block, y, self.text, self._prompt_ops(index), self.net)
         x = ops.after_cross_attention(index, x)
         return self.ffn(block, x, m)
 
     def _query(self, attention: nn.Module, y: Tensor) -> Tensor:
-        q = attention.q(y)
-        return q if self.take else normed(attention.norm_q, q, self.net.num_heads)
+        norm, linear = self.ops.kernels.norm, self.ops.kernels.linear
+        q = linear(attention.q, y)
+        return q if self.take else norm(attention.norm_q, q).view(*y.shape[:2], self.net.num_heads, -1)
 
     def _exchange(self, index: int, attention: nn.Module, q: Tensor | None, k: Tensor, v: Tensor):
         if self.take:
@@ -209,7 +213,7 @@ def forward(net: Any, x: Tensor, timesteps: Tensor | Embedded, text: TextState, 
                            "Use a width and a height divisible by 16 pixels.")
     tokens = net.patch_embedding(x.float()).to(x.dtype)
     grid = tokens.shape[2:]
-    tokens = beside.begin(tokens.flatten(2).transpose(1, 2))
+    tokens = beside.begin(tokens.flatten(2).transpose(1, 2).contiguous())
     known = timesteps if isinstance(timesteps, Embedded) else text.times.of(timesteps)
     times = known.begin(net, x.dtype, ops.sinusoid)
     run = _Run(net, text, memory, times, ops, beside.layers)

@@ -47,12 +47,13 @@ class Embedded:
         return self
 
     def modulation(self, index: int, block: nn.Module, like: Tensor, parameter: Parameter) -> tuple[Tensor, ...]:
-        """shift, scale, gate (self-attention), shift, scale, gate (ffn) of layer `index`: [B, F, 1, D] each, [B, 1, D]
-        where all frames are `alike`."""
+        """shift, factor, gate (self-attention), shift, factor, gate (ffn) of layer `index`: [B, F, 1, D] each, [B, 1, D]
+        where all frames are `alike`. The network has scales; a factor is 1 + scale."""
         if index not in self._layers:
             raw = parameter(block.modulation, like)
             sums = raw + self.projected[:, 0] if self.alike else raw.unsqueeze(0) + self.projected
-            self._layers[index] = tuple(m.unsqueeze(-2) for m in sums.unbind(-2))
+            shift, scale, gate, shift2, scale2, gate2 = (m.unsqueeze(-2) for m in sums.unbind(-2))
+            self._layers[index] = shift, 1 + scale, gate, shift2, 1 + scale2, gate2
         return self._layers[index]
 
     def ending(self, leading: int) -> Tensor:

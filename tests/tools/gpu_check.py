@@ -30,6 +30,7 @@ RESULTS: dict = {"checks": []}
 
 def prepare(comfy: Path, dynamic: bool) -> None:
     """Import ComfyUI as main.py would, with its paged weights where asked for."""
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton decides at its import, which ComfyUI's libraries cause
     sys.path.insert(0, str(comfy))
     pack = types.ModuleType("forcing_pack")
     pack.__path__ = [str(ROOT)]
@@ -204,7 +205,7 @@ def check_compile(rig: Rig, base: torch.Tensor) -> None:
            relative=float((again[0] - base).norm() / base.norm()))
 
 
-POINTERS = {"table": "*fp32", "slots": "*i64"} | dict.fromkeys(("x", "y", "shift", "scale", "gate", "out", "weight", "raw",
+POINTERS = {"table": "*fp32", "slots": "*i64"} | dict.fromkeys(("x", "y", "shift", "factor", "gate", "out", "weight", "raw",
                                                                 "roped"), "*bf16")
 CONSTANTS = {"BLOCK": 2048, "RAW": True, "ROPED": True}
 
@@ -245,7 +246,6 @@ def check_kernels() -> None:
     if not has_triton():
         report("kernels", missing="Triton is not installed")
         return
-    os.environ.pop("TRITON_INTERPRET", None)
     modulate, gate, turn = (importlib.import_module(f"forcing_pack.forcing_core.kernels.{name}")
                             for name in ("modulate", "gate", "rotate"))
     if not CUDA:
@@ -255,8 +255,8 @@ def check_kernels() -> None:
     frames, cells, heads, width = 3, 30 * 52, 12, 1536
     x, y = (torch.randn(1, frames * cells, width, device=DEVICE).to(DTYPE) for _ in range(2))
     m = torch.randn(1, frames, 6, width, device=DEVICE).to(DTYPE)
-    shift, scale, by = (part.unsqueeze(2) for part in m.unbind(2)[:3])
-    wide = [t.double() for t in (x, y, shift, scale, by)]
+    shift, factor, by = (part.unsqueeze(2) for part in m.unbind(2)[:3])
+    wide = [t.double() for t in (x, y, shift, factor, by)]
     norm = torch.nn.LayerNorm(width, 1e-6, elementwise_affine=False)
     rms = torch.nn.RMSNorm(width, 1e-6, device=DEVICE, dtype=DTYPE).requires_grad_(False)
     table = Rope((30, 52), width // heads, DEVICE).table([40, 41, 42])
@@ -270,7 +270,7 @@ def check_kernels() -> None:
     def pairs(t):
         return torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * table).flatten(-2)
 
-    check_kernel("modulate", lambda: modulate.modulate(x, shift, scale, 1e-6), lambda: plain.modulate(norm, x, shift, scale),
+    check_kernel("modulate", lambda: modulate.modulate(x, shift, factor, 1e-6), lambda: plain.modulate(norm, x, shift, factor),
                  plain.modulate(norm, wide[0], wide[2], wide[3]))
     check_kernel("gate", lambda: gate.gate(x, y, by), lambda: plain.gate(x, y, by), plain.gate(wide[0], wide[1], wide[4]))
     check_kernel("rotate", keys, lambda: rotate(plain.normed(rms, x, heads), table),

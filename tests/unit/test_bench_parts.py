@@ -13,6 +13,7 @@ from forcing_pack.forcing_core.bench.plot import picture
 from forcing_pack.forcing_core.bench.timing import record
 from forcing_pack.forcing_core.cli import bench as command
 from forcing_pack.forcing_core.errors import ForcingError
+from forcing_pack.forcing_core.kernels import PLAIN, table
 from forcing_pack.forcing_core.presets import get, runnable
 from forcing_pack.forcing_core.wan import TextState, WanConfig
 from forcing_pack.forcing_core.wan.random import random_network, random_prompt
@@ -57,6 +58,17 @@ def test_operations_by_hand():
     assert parts.operations == 2 * layer + around
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_kernels_of_a_cpu_do_the_operations_of_the_modules(monkeypatch, joined):
+    """And are taken for what they are: every linear layer is counted once, whoever runs it."""
+    setup, apart = replace(SETUP, joined=joined), []
+    for there in (True, False):
+        monkeypatch.setitem(table.THERE, "cpu", ("cpu", lambda there=there: there))
+        apart.append(taken_apart(setup)[1])
+    assert apart[0].operations == apart[1].operations and apart[0].bytes == apart[1].bytes
+    assert all(parts.seconds["matmul"] > 0 for parts in apart)
+
+
 def test_floors_and_rates():
     parts = Parts({}, {}, 1.0, 3 * 10 ** 9, 2 * 10 ** 8)
     assert parts.floors(RATES) == {"operations": 3.0, "bytes": 2.0}
@@ -66,7 +78,7 @@ def test_floors_and_rates():
 
 def test_a_meter_leaves_nothing_behind():
     net, meter = random_network(TINY, 0), Meter(clock("cpu"))
-    with metering(net, meter):
+    with metering(net, meter, PLAIN):
         TextState(random_prompt(TINY, 0)).embedded(net.text_embedding)
     assert len(meter.spans["matmul"]) == 2
     TextState(random_prompt(TINY, 0)).embedded(net.text_embedding)

@@ -226,12 +226,12 @@ def test_a_watched_pass_meets_memory_as_always():
 
 
 def test_where_they_run(monkeypatch):
-    """On cards with Triton, not on the CPU, and not where it is missing."""
-    assert kernels.kernels_for("cpu") is kernels.PLAIN and Ops().kernels is kernels.PLAIN
-    monkeypatch.setattr(table, "has_triton", lambda: False)
+    """On cards with Triton, not where it is missing, and not without being asked for."""
+    assert Ops().kernels is kernels.PLAIN and kernels.kernels_for("mps") is kernels.PLAIN
+    monkeypatch.setitem(table.THERE, "cuda", ("triton", lambda: False))
     assert kernels.kernels_for("cuda") is kernels.PLAIN
-    monkeypatch.setattr(table, "has_triton", lambda: True)
-    monkeypatch.setitem(table.KERNELS, "triton", lambda norms: norms)
+    monkeypatch.setitem(table.THERE, "cuda", ("triton", lambda: True))
+    monkeypatch.setitem(table.KERNELS, "triton", lambda modules: modules)
     assert kernels.kernels_for("cuda:1", "a rule") == "a rule"
 
 

@@ -1,0 +1,231 @@
+"""What stands for linear layers and norms on a CPU: equal to calling the modules, and hands off unusual ones."""
+import pytest
+import torch
+from forcing_pack.forcing_core import kernels
+from forcing_pack.forcing_core.accelerate import WAYS, kernels_of
+from forcing_pack.forcing_core.denoiser import Condition, NetworkDenoiser
+from forcing_pack.forcing_core.kernels import norms, onednn, plain, table
+from forcing_pack.forcing_core.memory import make_memory
+from forcing_pack.forcing_core.noise import BlockNoise
+from forcing_pack.forcing_core.plan import layout
+from forcing_pack.forcing_core.policies import EmaSinkOptions, WindowOptions
+from forcing_pack.forcing_core.rollout import block_rollout
+from forcing_pack.forcing_core.schedule import levels
+from forcing_pack.forcing_core.wan import Ops
+from forcing_testkit.forcing_corekit import CHANNELS, TEXT_DIM, gap, network
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EPS = 1e-6
+some = settings(max_examples=25, deadline=None, derandomize=True)
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 70), st.integers(1, 150), st.integers(1, 150))
+
+
+@pytest.fixture
+def row(require):
+    """The row of CPUs."""
+    require(onednn.has_onednn(), "This torch has no oneDNN: its linear layers were not tested", "pip install torch==2.13.0")
+    with torch.no_grad():
+        yield table.on_cpu()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(module):
+    """With numbers of its own in place of ones and zeros, and a row of outputs about as large as its inputs."""
+    for i, p in enumerate(module.parameters()):
+        p.data = draw(*p.shape, seed=i + 7) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1)
+    return module
+
+
+def sure(near, usual, exact):
+    """Within 1e-5 of plain torch, and as near to the truth as that is, give or take the last bits."""
+    unit = float(exact.abs().max().clamp(min=1))
+    return gap(near, usual) <= 1e-5 * unit and gap(near, exact) <= 2 * gap(usual, exact) + 1e-6 * unit
+
+
+def double(module):
+    import copy
+    return copy.deepcopy(module).double()
+
+
+def ffn(width, inner, approximate="tanh", bias=True):
+    return filled(nn.Sequential(nn.Linear(width, inner, bias), nn.GELU(approximate), nn.Linear(inner, width, bias)))
+
+
+@given(sizes, st.booleans(), st.booleans(), st.booleans())
+@some
+def _linear(found, size, bias, worth, strided):
+    batch, rows, width, out = size
+    layer, x = filled(nn.Linear(width, out, bias)), draw(batch, rows, width)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "WORTH", 0 if worth else 1 << 60)
+        assert sure(found.linear(layer, x), layer(x), double(layer)(x.double()))
+
+
+@given(sizes, st.booleans(), st.sampled_from(["tanh", "none"]))
+@some
+def _ffn(found, size, bias, approximate):
+    batch, rows, width, inner = size
+    layers, x = ffn(width, inner, approximate, bias), draw(batch, rows, width)
+    assert sure(found.ffn(layers, x), layers(x), double(layers)(x.double()))
+
+
+@given(sizes, st.sampled_from(["layer", "rms", "bare layer", "bare rms"]), st.sampled_from([EPS, 1e-2, None]),
+       st.sampled_from([1e-3, 1.0, 1e3]))
+@some
+def _norm(found, size, kind, eps, scale):
+    batch, rows, width, _ = size
+    affine = "bare" not in kind
+    module = nn.LayerNorm(width, eps or EPS, affine) if "layer" in kind else nn.RMSNorm(width, eps, affine)
+    module, x = filled(module), scale * draw(batch, rows, width)
+    assert sure(found.norm(module, x), module(x), double(module)(x.double())) or width == 1
+
+
+@given(sizes, st.booleans())
+@some
+def _modulation(found, size, alike):
+    """One row for all frames goes into the norm itself; a row a frame, and one a sample, do not."""
+    batch, cells, width, frames = size[0], size[1] % 7 + 1, size[2] + 1, size[3] % 3 + 1
+    x, m = draw(batch, frames * cells, width), draw(*([batch] if alike else [batch, frames]), 2, width, seed=1)
+    shift, factor = (part.unsqueeze(-2) for part in m.unbind(-2))
+    norm = nn.LayerNorm(width, EPS, elementwise_affine=False)
+    usual = plain.modulate(norm, x, shift, factor)
+    assert sure(found.modulate(norm, x, shift, factor), usual, plain.modulate(norm, *(t.double() for t in (x, shift, factor))))
+
+
+@pytest.mark.parametrize("check", [_linear, _ffn, _norm, _modulation])
+def test_equal_to_the_modules(row, check):
+    check(row)
+
+
+class Own(nn.Linear):
+    """Somebody's own layer, whose numbers are not its output."""
+
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, out: 3 * out)
+    return module
+
+
+def patched(module):
+    module.forward = lambda x: 3 * type(module).forward(module, x)
+    return module
+
+
+class Thrice(nn.Module):
+    def forward(self, x):
+        return 3 * x
+
+
+def parametrized(module):
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", Thrice())
+    return module
+
+
+UNUSUAL = {"a class of its own": lambda: Own(8, 8, bias=False), "a hook": lambda: hooked(nn.Linear(8, 8, bias=False)),
+           "a patched forward": lambda: patched(nn.Linear(8, 8, bias=False)),
+           "a parametrized weight": lambda: parametrized(nn.Linear(8, 8, bias=False))}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("inside", [False, True])
+def test_unusual_layers_are_called(row, monkeypatch, name, inside):
+    """Alone and in a feed-forward network; one that gives three times as much says whether it was asked."""
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    layer, x = UNUSUAL[name](), draw(1, 3, 8)
+    weight = layer.parametrizations.weight.original if "parametrized" in name else layer.weight
+    three = 3 * nn.functional.linear(x, weight)
+    if not inside:
+        assert gap(row.linear(layer, x), three) <= 1e-5
+        return
+    end = nn.Linear(8, 8)
+    assert gap(row.ffn(nn.Sequential(layer, nn.GELU(), end), x), end(nn.GELU()(three))) <= 1e-5
+
+
+def test_an_unusual_network_between_norms_is_called(row):
+    """Other activations, more layers, a hook on the whole, a norm that somebody changed."""
+    x = draw(1, 3, 8)
+    for odd in (hooked(ffn(8, 8)), nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)),
+                nn.Sequential(nn.Linear(8, 8), hooked(nn.GELU("tanh")), nn.Linear(8, 8)),
+                nn.Sequential(*ffn(8, 8), nn.Linear(8, 8)), nn.Identity()):
+        assert torch.equal(row.ffn(odd, x), odd(x))
+    norm = hooked(nn.LayerNorm(8, EPS, elementwise_affine=False))
+    assert torch.equal(row.norm(norm, x), norm(x))
+    one = torch.ones(1, 1, 8)
+    assert torch.equal(row.modulate(norm, x, one, one), plain.modulate(norm, x, one, one))
+    assert torch.equal(row.norm(nn.Identity(), x), x)
+
+
+def test_other_types_and_gradients_go_through_the_modules(row, monkeypatch):
+    """bfloat16 has oneDNN anyway; and the operations bring no gradient back."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    monkeypatch.setattr(norms, "rms", None)
+    layers, norm, x = ffn(8, 8), nn.RMSNorm(8, EPS), draw(1, 3, 8)
+    half = ffn(8, 8).bfloat16()
+    assert torch.equal(row.ffn(half, x.bfloat16()), half(x.bfloat16()))
+    with torch.enable_grad():
+        for run, module in ((row.ffn, layers), (row.linear, layers[0]), (row.norm, norm)):
+            run(module, x).sum().backward()
+            assert all(p.grad is not None for p in module.parameters())
+
+
+def test_modules_are_looked_at_once(row):
+    """New numbers are seen, since they are read when they are needed; what a module is, when kernels are made again."""
+    seen = []
+    layer, x = nn.Linear(4, 4), draw(1, 2, 4)
+    found = onednn.Linears(lambda module, like: seen.append(module) or kernels.ordinary(module, like))
+    found.linear(layer, x)
+    layer.weight = nn.Parameter(2 * layer.weight.detach(), requires_grad=False)
+    layer.bias.data += 1
+    assert gap(found.linear(layer, x), layer(x)) <= 1e-6 and seen == [layer]
+    hooked(layer)
+    assert torch.equal(table.on_cpu().linear(layer, x), layer(x))
+
+
+def video(net, options, found):
+    memory = make_memory(options, 4, layers=len(net.blocks), grid=(2, 1), head_dim=net.config.dim // net.num_heads,
+                         heads=net.num_heads, device="cpu")
+    denoiser = NetworkDenoiser(net, [Condition([draw(1, 6, TEXT_DIM, seed=9)], memory)], ops=Ops(kernels=found))
+    parts = block_rollout(denoiser, layout(4, 1), levels([1000, 500], 5.0), BlockNoise(1, (1, CHANNELS), (4, 2)), block=1)
+    return torch.cat([x for _, x in parts], dim=2)
+
+
+@pytest.mark.parametrize("options", [WindowOptions(2, 0, 1), WindowOptions(3, 1, 1, positions="relative"),
+                                     EmaSinkOptions(3, 1, 1)])
+def test_a_video_with_them(row, monkeypatch, options):
+    """Through the whole forward; every layer of the blocks has to have been taken apart."""
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    net, products = network(), []
+    found = table.on_cpu()
+    linears = found.linear.__self__
+    plainly = linears._run
+    monkeypatch.setattr(linears, "_run", lambda *args: products.append(args[3]) or plainly(*args))
+    assert gap(video(net, options, found), video(net, options, kernels.PLAIN)) <= 1e-5
+    passes, layers = layers_passed(net, blocks=4, steps=2)
+    assert products.count("gelu") == passes and products.count("none") == 7 * passes + 2 * layers
+
+
+def layers_passed(net, blocks, steps):
+    """(whole layers, last layers of clean passes, which end with their keys and values) of a video: no clean pass behind the
+    last block."""
+    clean = blocks - 1
+    return len(net.blocks) * (blocks * steps + clean) - clean, clean
+
+
+def test_where_they_run(monkeypatch):
+    """On a CPU in every way to accelerate, where torch has them."""
+    monkeypatch.setitem(table.THERE, "cpu", ("cpu", lambda: True))
+    monkeypatch.setitem(table.KERNELS, "cpu", lambda modules: modules)
+    assert {kernels_of(name, "cpu", "a rule") for name in WAYS} == {"a rule"}
+    assert kernels_of("off", "cuda") is kernels.PLAIN
+    monkeypatch.setitem(table.THERE, "cpu", ("cpu", lambda: False))
+    assert kernels_of("all", "cpu") is kernels.PLAIN
