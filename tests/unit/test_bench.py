@@ -120,7 +120,8 @@ def test_the_command(tmp_path, capsys):
     assert command.run(arguments("--json", path, "--frames", 6, 9, "--window", "all", 6, "--runs", 1, "--dim", 128,
                                  "--layers", 1, "--size", "16x16")) == 0
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert set(result) == {"machine", "rates", "rollouts", "compare"} and result["compare"] == []
+    assert set(result) == {"machine", "rates", "rollouts", "compare", "official"}
+    assert result["compare"] == result["official"] == []  # neither was asked for
     assert [(row["frames"], row["window"]) for row in result["rollouts"]] == [(6, None), (9, None), (6, 6), (9, 6)]
     assert {row["dtype"] for row in result["rollouts"]} == {"float32"}
     assert result["rollouts"][3]["store_bytes"] == 6 * 128 * 2 * 4  # frames of 1 token, width, keys and values, float32
