@@ -49,4 +49,4 @@ def rms(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
 
 @functools.cache
 def _scalar(number: float) -> Tensor:
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")  # whatever the default device is

@@ -273,7 +273,7 @@ def check_kernels() -> None:
     check_kernel("modulate", lambda: modulate.modulate(x, shift, factor, 1e-6), lambda: plain.modulate(norm, x, shift, factor),
                  plain.modulate(norm, wide[0], wide[2], wide[3]))
     check_kernel("gate", lambda: gate.gate(x, y, by), lambda: plain.gate(x, y, by), plain.gate(wide[0], wide[1], wide[4]))
-    check_kernel("rotate", keys, lambda: rotate(plain.normed(rms, x, heads), table),
+    check_kernel("rotate", keys, lambda: rotate(rms(x).unflatten(2, (heads, -1)), table),
                  pairs(torch.nn.functional.rms_norm(wide[0], (width,), None, 1e-6).unflatten(2, (heads, -1))))
 
 

@@ -1,4 +1,6 @@
 """What stands for linear layers and norms on a CPU: equal to calling the modules, and hands off unusual ones."""
+import copy
+
 import pytest
 import torch
 from forcing_pack.forcing_core import kernels
@@ -49,7 +51,6 @@ def sure(near, usual, exact):
 
 
 def double(module):
-    import copy
     return copy.deepcopy(module).double()
 
 
