@@ -4,6 +4,7 @@ Axis legend: B batch, T slots or tokens, H heads, D head_dim.
 """
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -70,7 +71,7 @@ class Layer:
         return tensors(self.v) + tensors(self.raw) + tensors(self.roped)
 
 
-class Buffered:
+class Buffered(ABC):
     """What stores have in common. layers: how many; keys, storage: their arrangement; _data: their buffers where they
     live; _used: leading slots that are worth copying; _stages: the device's share of them, with offload."""
 
@@ -81,9 +82,9 @@ class Buffered:
     _used: int
     _stages: Stages | None
 
+    @abstractmethod
     def _shape(self, like: Tensor) -> tuple[int, ...]:
         """Of a buffer for keys or values like [B, n, H, D]."""
-        raise NotImplementedError
 
     @property
     def host_nbytes(self) -> int:
