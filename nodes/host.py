@@ -210,7 +210,7 @@ class HostDenoiser:
             text = self._text(net, key, context.chunk(len(keys))[index], clips[index])
             parts.append(self._condition(net, key, part, text, beside(net, index, len(keys), extra), ops,
                                          transformer_options))
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _condition(self, net, key, x: Tensor, text: TextState, side, ops: Ops, transformer_options: dict) -> Tensor:
         levels, first, phase = self.call

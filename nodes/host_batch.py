@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.samplers
 import torch
+from comfy.conds import CONDCrossAttn, CONDNoiseShape, CONDRegular
 from comfy.patcher_extension import WrapperExecutor, merge_nested_dicts
 from torch import Tensor
 
@@ -19,6 +20,7 @@ STOCK = comfy.samplers._calc_cond_batch
 # of a condition: what the model is called with, and what has been made into that already. With any other key ComfyUI decides
 KNOWN = {"model_conds", "uuid", "cross_attn", "pooled_output", "adm_encoded", "control_apply_to_uncond", "attention_mask",
          SOURCES}
+TENSORS = {CONDRegular, CONDCrossAttn, CONDNoiseShape}  # whose `concat` with no others is a copy, of a prompt say
 
 
 def straight(executor: WrapperExecutor, model: Any, conds: list, x: Tensor, timestep: Tensor,
@@ -32,9 +34,13 @@ def straight(executor: WrapperExecutor, model: Any, conds: list, x: Tensor, time
     patcher.prepare_state(timestep, model_options)
     options = merge_nested_dicts(patcher.apply_hooks(hooks=None), model_options["transformer_options"], copy_dict1=False)
     options |= {"cond_or_uncond": [0], "uuids": [cond["uuid"]], "sigmas": timestep}
-    values = {name: value.process_cond(batch_size=x.shape[0], area=None).concat([])
-              for name, value in cond["model_conds"].items()}
+    values = {name: _value(value.process_cond(batch_size=x.shape[0], area=None)) for name, value in cond["model_conds"].items()}
     return [model.apply_model(x, timestep, **values, transformer_options=options), *(torch.zeros_like(x) for _ in conds[1:])]
+
+
+def _value(processed: CONDRegular) -> Any:
+    """What the model gets of a value for it, of one condition."""
+    return processed.cond if type(processed) in TENSORS else processed.concat([])
 
 
 def _only(conds: list) -> dict | None:

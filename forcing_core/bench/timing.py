@@ -25,6 +25,7 @@ from ..errors import ForcingError
 from ..noise import BlockNoise
 from ..options import settings_of
 from ..presets import Preset
+from ..processor import processor
 from ..rollout.joining import Joining
 from ..standalone import blocks_of, conditions, latent_size, make_denoiser, preset_rollout, window_options
 from ..wan import Ops, WanConfig, WanModel
@@ -200,21 +201,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """What a number depends on: device, PyTorch, threads, system, and the load of the last minute (None on
     Windows): beside another busy program, timings mean nothing."""
     cuda = device != "cpu"
-    return {"device": torch.cuda.get_device_name(device) if cuda else _processor(), "kind": device.split(":")[0],
+    return {"device": torch.cuda.get_device_name(device) if cuda else processor(), "kind": device.split(":")[0],
             "torch": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads(),
             "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
             "python": platform.python_version(), "system": platform.system(),
             "architecture": platform.machine()}
-
-
-def _processor() -> str:
-    """The processor's name; platform.processor() is empty or only a family on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def record(setup: Setup, timings: Sequence[Timing], rates: Rates | None = None) -> list[dict[str, Any]]:

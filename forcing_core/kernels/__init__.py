@@ -5,7 +5,7 @@
     gate       Triton: gated residual
     rotate     Triton: RMSNorm and rotation of queries and keys, keys straight into the store's buffers
     keys       the pass through which those go
-    onednn     CPU, float32: linear layers, and GELU between them, by oneDNN
+    linears    CPU, float32: linear layers, and GELU between them, by oneDNN or torch's BLAS
     norms      CPU, float32: norms and modulation in fewer operations
     ordinary   which modules may be taken apart; all others are called
     table      which of all this runs where

@@ -6,47 +6,44 @@ Axis legend: B batch, n tokens, D width.
 """
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
 from . import plain
-from .ordinary import Known, Ordinary, in_float32, numbers
+from .ordinary import Instead, Known, Ordinary, Work, in_float32, scalar
 
 
 class Norms:
     """`norm` and `modulate` of `Kernels`. modules: which ones are nothing but their numbers; all others are called."""
 
     def __init__(self, modules: Ordinary):
-        self._plain = Known(lambda module, x: isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and modules(module, x)
-                            and module.normalized_shape == x.shape[-1:])
-
-    def norm(self, module: nn.Module, x: Tensor) -> Tensor:
-        """[B, n, D] -> [B, n, D]."""
-        if not (in_float32(x) and self._plain(module, x)):
-            return module(x)
-        weight, bias = numbers(module)
-        if isinstance(module, nn.RMSNorm):
-            return rms(x, weight, module.eps)
-        return torch.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        self._modules, self.norm = modules, Instead(self._norm)
+        self._bare = Known(lambda module, x: isinstance(module, nn.LayerNorm) and module.weight is None
+                           and self._is_plain(module, x))
 
     def modulate(self, module: nn.Module, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
         """norm(x) * factor + shift of x [B, n, D]; shift and factor [B, F, 1, D] or [B, 1, D]."""
-        one = shift.numel() == x.shape[-1] == factor.numel() and isinstance(module, nn.LayerNorm)
-        if not one or numbers(module)[0] is not None or not (in_float32(x) and self._plain(module, x)):
+        one = shift.numel() == x.shape[-1] == factor.numel()
+        if not (one and in_float32(x) and self._bare(module, x)):
             return plain.modulate(module, x, shift, factor)
         return torch.layer_norm(x, module.normalized_shape, factor.view(-1), shift.view(-1), module.eps)
+
+    def _norm(self, module: nn.Module, x: Tensor) -> Work | None:
+        """[B, n, D] -> [B, n, D]."""
+        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self._is_plain(module, x):
+            return None
+        own, shape, eps = module._parameters, module.normalized_shape, module.eps
+        if isinstance(module, nn.RMSNorm):
+            return lambda x: rms(x, own.get("weight"), eps)
+        return lambda x: torch.layer_norm(x, shape, own.get("weight"), own.get("bias"), eps)
+
+    def _is_plain(self, module: nn.Module, x: Tensor) -> bool:
+        return self._modules(module, x) and module.normalized_shape == x.shape[-1:]
 
 
 def rms(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
     """x / sqrt(mean of x^2 + eps) * weight over the last axis of x."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    square = torch.addcmul(_scalar(torch.finfo(x.dtype).eps if eps is None else eps), length, length, value=1 / x.shape[-1])
+    square = torch.addcmul(scalar(torch.finfo(x.dtype).eps if eps is None else eps), length, length, value=1 / x.shape[-1])
     out = x * square.rsqrt_()
     return out if weight is None else out.mul_(weight)
-
-
-@functools.cache
-def _scalar(number: float) -> Tensor:
-    return torch.tensor(number, device="cpu")  # whatever the default device is

@@ -1,6 +1,7 @@
 """Whether a module is nothing but its numbers, so that a kernel may take these instead of calling it."""
 from __future__ import annotations
 
+import functools
 from typing import Callable
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 KINDS = {nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.GELU, nn.Sequential}
 Ordinary = Callable[[nn.Module, Tensor], bool]
+Work = Callable[[Tensor], Tensor]
 
 
 def resident(module: nn.Module, like: Tensor) -> bool:
@@ -16,12 +18,6 @@ def resident(module: nn.Module, like: Tensor) -> bool:
         if p is not None and (type(p) is not nn.Parameter or p.dtype != like.dtype or p.device != like.device):
             return False
     return True
-
-
-def numbers(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of an ordinary module, read the short way."""
-    own = module._parameters
-    return own.get("weight"), own.get("bias")
 
 
 def untouched(module: nn.Module) -> bool:
@@ -34,7 +30,7 @@ def untouched(module: nn.Module) -> bool:
 
 
 def ordinary(module: nn.Module, like: Tensor) -> bool:
-    """Of torch's own. A host with classes of its own has another rule, which it gives to `fused` and `Linears`."""
+    """Of torch's own. A host with classes of its own has another rule, which it gives to `fused` and `on_cpu`."""
     return type(module) in KINDS and untouched(module) and resident(module, like)
 
 
@@ -50,6 +46,28 @@ class Known:
         if found is None:
             found = self._found[module] = self._rule(module, like)
         return found
+
+
+class Instead:
+    """Does the work of modules: by what `make(module, x)` gives for one at its first call, or by calling it, where that is
+    None or x is no float32 on a CPU. Good for as long as `Known` is."""
+
+    def __init__(self, make: Callable[[nn.Module, Tensor], Work | None]):
+        self._make, self._found = make, {}
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        if not in_float32(x):
+            return module(x)
+        work = self._found.get(module)
+        if work is None:
+            work = self._found[module] = self._make(module, x) or module
+        return work(x)
+
+
+@functools.cache
+def scalar(number: float) -> Tensor:
+    """It as a tensor on the CPU, whatever the default device is."""
+    return torch.tensor(number, device="cpu")
 
 
 def in_float32(x: Tensor) -> bool:

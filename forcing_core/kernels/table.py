@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from . import plain
 from .keys import Meet, Meeting, can_meet
+from .linears import Linears, at_home, has_onednn
 from .norms import Norms
-from .onednn import Linears, has_onednn
 from .ordinary import Ordinary, ordinary
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,9 +70,9 @@ def fused(norms: Ordinary = ordinary, here: Callable[[Tensor], bool] = _on_card)
 
 
 def on_cpu(modules: Ordinary = ordinary) -> Kernels:
-    """oneDNN's linear layers and norms in fewer operations, where those of the network are plain ones in float32; it looks at
-    each of them once. Needs a torch with oneDNN."""
-    linears, norms = Linears(modules), Norms(modules)
+    """Linear layers by the library that is at home on the processor and norms in fewer operations, where those of the network
+    are plain ones in float32; it looks at each of them once. Needs a torch with oneDNN."""
+    linears, norms = Linears(modules, at_home()), Norms(modules)
     return Kernels(norms.modulate, plain.gate, norm=norms.norm, linear=linears.linear, ffn=linears.ffn)
 
 

@@ -77,7 +77,7 @@ def _attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """[B, n, D] projections -> [B, n, D]."""
     if hasattr(ops.attention, "flat"):
         return ops.attention.flat(q, k, v, heads)
-    return ops.attention(*(t.unflatten(2, (heads, -1)) for t in (q, k, v))).flatten(2)
+    return ops.attention(*(t.view(*t.shape[:2], heads, -1) for t in (q, k, v))).flatten(2)
 
 
 def _plainly(layer: int, q: Tensor, keys: Tensor, values: Tensor, attention: Callable) -> Tensor:

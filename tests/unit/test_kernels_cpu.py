@@ -6,7 +6,7 @@ import torch
 from forcing_pack.forcing_core import kernels
 from forcing_pack.forcing_core.accelerate import WAYS, kernels_of
 from forcing_pack.forcing_core.denoiser import Condition, NetworkDenoiser
-from forcing_pack.forcing_core.kernels import norms, onednn, plain, table
+from forcing_pack.forcing_core.kernels import linears, norms, plain, table
 from forcing_pack.forcing_core.memory import make_memory
 from forcing_pack.forcing_core.noise import BlockNoise
 from forcing_pack.forcing_core.plan import layout
@@ -25,12 +25,20 @@ some = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.tuples(st.integers(1, 2), st.integers(1, 70), st.integers(1, 150), st.integers(1, 150))
 
 
-@pytest.fixture
-def row(require):
-    """The row of CPUs."""
-    require(onednn.has_onednn(), "This torch has no oneDNN: its linear layers were not tested", "pip install torch==2.13.0")
+@pytest.fixture(params=["onednn", "blas"])
+def products(require, request, monkeypatch):
+    """Those of one library, as if the processor were at home with it."""
+    require(linears.has_onednn(), "This torch has no oneDNN: its linear layers were not tested", "pip install torch==2.13.0")
+    made = {"onednn": linears.by_onednn, "blas": linears.by_blas}[request.param]()
+    monkeypatch.setattr(table, "at_home", lambda: made)
     with torch.no_grad():
-        yield table.on_cpu()
+        yield made
+
+
+@pytest.fixture
+def row(products):
+    """The row of CPUs."""
+    return table.on_cpu()
 
 
 def draw(*shape, seed=0):
@@ -65,16 +73,18 @@ def _linear(found, size, bias, worth, strided):
     layer, x = filled(nn.Linear(width, out, bias)), draw(batch, rows, width)
     x = x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onednn, "WORTH", 0 if worth else 1 << 60)
+        patch.setattr(linears, "WORTH", 0 if worth else 1 << 60)
         assert sure(found.linear(layer, x), layer(x), double(layer)(x.double()))
 
 
-@given(sizes, st.booleans(), st.sampled_from(["tanh", "none"]))
+@given(sizes, st.booleans(), st.sampled_from(["tanh", "none"]), st.sampled_from([1e-3, 1.0, 1e3]), st.booleans())
 @some
-def _ffn(found, size, bias, approximate):
+def _ffn(found, size, bias, approximate, scale, cached):
     batch, rows, width, inner = size
-    layers, x = ffn(width, inner, approximate, bias), draw(batch, rows, width)
-    assert sure(found.ffn(layers, x), layers(x), double(layers)(x.double()))
+    layers, x = ffn(width, inner, approximate, bias), scale * draw(batch, rows, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linears, "CACHED", 1 << 60 if cached else 0)
+        assert sure(found.ffn(layers, x), layers(x), double(layers)(x.double()))
 
 
 @given(sizes, st.sampled_from(["layer", "rms", "bare layer", "bare rms"]), st.sampled_from([EPS, 1e-2, None]),
@@ -141,7 +151,7 @@ UNUSUAL = {"a class of its own": lambda: Own(8, 8, bias=False), "a hook": lambda
 @pytest.mark.parametrize("inside", [False, True])
 def test_unusual_layers_are_called(row, monkeypatch, name, inside):
     """Alone and in a feed-forward network; one that gives three times as much says whether it was asked."""
-    monkeypatch.setattr(onednn, "WORTH", 0)
+    monkeypatch.setattr(linears, "WORTH", 0)
     layer, x = UNUSUAL[name](), draw(1, 3, 8)
     weight = layer.parametrizations.weight.original if "parametrized" in name else layer.weight
     three = 3 * nn.functional.linear(x, weight)
@@ -179,11 +189,11 @@ def test_other_types_and_gradients_go_through_the_modules(row, monkeypatch):
             assert all(p.grad is not None for p in module.parameters())
 
 
-def test_modules_are_looked_at_once(row):
+def test_modules_are_looked_at_once(products):
     """New numbers are seen, since they are read when they are needed; what a module is, when kernels are made again."""
     seen = []
     layer, x = nn.Linear(4, 4), draw(1, 2, 4)
-    found = onednn.Linears(lambda module, like: seen.append(module) or kernels.ordinary(module, like))
+    found = linears.Linears(lambda module, like: seen.append(module) or kernels.ordinary(module, like), products)
     found.linear(layer, x)
     layer.weight = nn.Parameter(2 * layer.weight.detach(), requires_grad=False)
     layer.bias.data += 1
@@ -202,17 +212,17 @@ def video(net, options, found):
 
 @pytest.mark.parametrize("options", [WindowOptions(2, 0, 1), WindowOptions(3, 1, 1, positions="relative"),
                                      EmaSinkOptions(3, 1, 1)])
-def test_a_video_with_them(row, monkeypatch, options):
+def test_a_video_with_them(products, monkeypatch, options):
     """Through the whole forward; every layer of the blocks has to have been taken apart."""
-    monkeypatch.setattr(onednn, "WORTH", 0)
-    net, products = network(), []
+    monkeypatch.setattr(linears, "WORTH", 0)
+    net, made = network(), []
+    counted = linears.Products(lambda *args: made.append("plain") or products.plain(*args),
+                               lambda *args: made.append("gelu") or products.gelu(*args))
+    monkeypatch.setattr(table, "at_home", lambda: counted)
     found = table.on_cpu()
-    linears = found.linear.__self__
-    plainly = linears._run
-    monkeypatch.setattr(linears, "_run", lambda *args: products.append(args[3]) or plainly(*args))
     assert gap(video(net, options, found), video(net, options, kernels.PLAIN)) <= 1e-5
     passes, layers = layers_passed(net, blocks=4, steps=2)
-    assert products.count("gelu") == passes and products.count("none") == 7 * passes + 2 * layers
+    assert made.count("gelu") == passes and made.count("plain") == 7 * passes + 2 * layers
 
 
 def layers_passed(net, blocks, steps):
@@ -230,3 +240,17 @@ def test_where_they_run(monkeypatch):
     assert kernels_of("off", "cuda") is kernels.PLAIN
     monkeypatch.setitem(table.THERE, "cpu", ("cpu", lambda: False))
     assert kernels_of("all", "cpu") is kernels.PLAIN
+
+
+@pytest.mark.parametrize("name, mkl, blas", [("Intel(R) Xeon(R) Processor", True, True), ("AMD EPYC", True, False),
+                                             ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", True, True),
+                                             ("Intel(R) Core(TM) i7", False, False), ("aarch64", False, False)])
+def test_whose_products(products, monkeypatch, name, mkl, blas):
+    monkeypatch.setattr(linears, "processor", lambda: name)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert (linears.at_home().plain is nn.functional.linear) == blas
+
+
+def test_gelu_far_from_zero():
+    x = torch.tensor([-1e20, -1e10, -20.0, -0.0, 0.0, 1e-30, 20.0, 1e10, 1e20])
+    assert torch.equal(linears.gelu_(x.clone(), "tanh"), nn.functional.gelu(x, approximate="tanh"))
