@@ -10,11 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from .errors import ForcingError
 from .graphs import Graphs, graphs_for
-from .kernels import PLAIN, Kernels, Ordinary, kernels_for, ordinary
+from .kernels import KINDS, PLAIN, Kernels, Ordinary, kernels_for, resident, untouched
 from .wan import Ops
+from .wan.model import Head
+
+OURS = KINDS | {Head}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ def way(name: str) -> Acceleration:
     if name not in WAYS:
         raise ForcingError(f"The acceleration {name!r} is not known. Use one of {', '.join(WAYS)}.")
     return WAYS[name]
+
+
+def ordinary(module: nn.Module, like: Tensor) -> bool:
+    """The rule of `kernels.ordinary` for modules of our own network, too."""
+    return type(module) in OURS and untouched(module) and resident(module, like)
 
 
 def kernels_of(name: str, device: torch.device | str, modules: Ordinary = ordinary) -> Kernels:

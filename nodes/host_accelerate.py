@@ -12,6 +12,7 @@ from typing import Any, Iterator
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.ops
+from comfy.ldm.wan.model import Head
 from torch import Tensor, nn
 
 from ..forcing_core.accelerate import graphs_of, kernels_of, way
@@ -24,7 +25,7 @@ from .host_conditioning import is_plain
 
 log = logging.getLogger(__name__)
 KINDS = TORCHS | {getattr(kind, name) for kind in (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
-                   for name in ("LayerNorm", "RMSNorm", "Linear")}
+                   for name in ("LayerNorm", "RMSNorm", "Linear", "Conv3d")} | {Head}
 EXACT = "comfy"  # the noise that asks for core's numbers to the last bit
 
 

@@ -109,10 +109,14 @@ class Meter:
 
     def leave(self, module: nn.Module, args: tuple, out: Tensor) -> None:
         self.spans["matmul"].append((self._open.pop(), self.watch.stamp()))
-        self._product(module, args[0], out.numel())
+        self.product(out, module, args[0])
+
+    def product(self, out: Tensor, module: nn.Module, x: Tensor) -> None:
+        """Of a linear layer, or of a convolution whose patches do not overlap."""
+        self._product(module, x, out.numel())
 
     def products(self, out: Tensor, module: nn.Module, x: Tensor) -> None:
-        """Of a linear layer, or of a feed-forward network, where what one layer gives is what the next one takes."""
+        """Of a feed-forward network, where what one layer gives is what the next one takes."""
         for layer in (m for m in module.modules() if isinstance(m, nn.Linear)):
             self._product(layer, x, x.numel() // x.shape[-1] * layer.out_features)
             x = x.new_empty(1).expand(*x.shape[:-1], layer.out_features)
@@ -149,7 +153,8 @@ def _timed_kernels(kernels: Kernels, meter: Meter) -> Kernels:
     """Plain ones call modules, which have hooks then."""
     if kernels is PLAIN:
         return PLAIN
-    return replace(kernels, linear=meter.timed("matmul", kernels.linear, meter.products),
+    return replace(kernels, linear=meter.timed("matmul", kernels.linear, meter.product),
+                   embed=meter.timed("matmul", kernels.embed, meter.product),
                    ffn=meter.timed("matmul", kernels.ffn, meter.products))
 
 
@@ -166,7 +171,7 @@ def _begins(begin: Callable, meter: Meter) -> Callable:
 @contextmanager
 def metering(net: nn.Module, meter: Meter, kernels: Kernels) -> Iterator[None]:
     """Take the times of all linear layers and convolutions of a network, but for those that `kernels` run."""
-    run = set() if kernels is PLAIN else {*_in_kernels(net)}
+    run = set() if kernels is PLAIN else {*_in_kernels(net, kernels)}
     modules = [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv3d)) and module not in run]
     hooks = [hook for module in modules
              for hook in (module.register_forward_pre_hook(meter.enter), module.register_forward_hook(meter.leave))]
@@ -177,8 +182,11 @@ def metering(net: nn.Module, meter: Meter, kernels: Kernels) -> Iterator[None]:
             hook.remove()
 
 
-def _in_kernels(net: nn.Module) -> Iterator[nn.Module]:
-    """The linear layers that `wan.forward` gives to kernels; a prompt's keys and values are made by modules."""
+def _in_kernels(net: nn.Module, kernels: Kernels) -> Iterator[nn.Module]:
+    """What `wan.forward` gives to kernels; a prompt's keys and values are made by modules."""
+    yield net.patch_embedding
+    if kernels.opens(net.head, net.head.modulation):
+        yield net.head.head
     for block in net.blocks:
         mine, prompt = block.self_attn, block.cross_attn
         yield from (mine.q, mine.k, mine.v, mine.o, prompt.q, prompt.o, *block.ffn)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..processor import processor
+from . import plain
 from .ordinary import Instead, Ordinary, Work, scalar
 
 WORTH = 1 << 20  # products in a layer: with fewer, what it costs oneDNN to begin is more than what is saved
@@ -72,11 +73,12 @@ def gelu_(x: Tensor, approximate: str) -> Tensor:
 
 
 class Linears:
-    """`linear` and `ffn` of `Kernels`. modules: which ones are nothing but their numbers; all others are called."""
+    """`linear`, `ffn` and `embed` of `Kernels`. modules: which ones are nothing but their numbers; all others are called."""
 
     def __init__(self, modules: Ordinary, products: Products):
         self._modules, self._products = modules, products
         self.linear, self.ffn = Instead(self._linear), Instead(self._ffn)
+        self.embed = Instead(self._embed, plain.embed)
 
     def _linear(self, module: nn.Module, x: Tensor) -> Work | None:
         """[B, n, in] -> [B, n, out]."""
@@ -93,9 +95,26 @@ class Linears:
         first, own, how, second = self._products.gelu, grow._parameters, gelu.approximate, self._plain(shrink)
         return lambda x: second(first(x, own.get("weight"), own.get("bias"), how))
 
+    def _embed(self, module: nn.Module, x: Tensor) -> Work | None:
+        """[B, C, F, h, w] -> [B, n, D]: a convolution whose patches of one frame do not overlap is a product of them."""
+        if not isinstance(module, nn.Conv3d) or not self._modules(module, x) or not _of_patches(module):
+            return None
+        product, own, (_, p, q) = self._products.plain, module._parameters, module.kernel_size
+
+        def work(x: Tensor) -> Tensor:
+            batch, channels, frames, height, width = x.shape
+            cells = x.reshape(batch, channels, frames, height // p, p, width // q, q).permute(0, 2, 3, 5, 1, 4, 6)
+            return product(cells.reshape(batch, -1, channels * p * q), own.get("weight").flatten(1), own.get("bias"))
+        return work
+
     def _is_plain(self, module: nn.Module, x: Tensor) -> bool:
         return isinstance(module, nn.Linear) and self._modules(module, x)
 
     def _plain(self, module: nn.Linear) -> Work:
         product, own = self._products.plain, module._parameters
         return lambda x: product(x, own.get("weight"), own.get("bias"))
+
+
+def _of_patches(module: nn.Conv3d) -> bool:
+    alone = module.groups == 1 and module.padding == (0, 0, 0) and module.dilation == (1, 1, 1)
+    return alone and module.stride == module.kernel_size and module.kernel_size[0] == 1

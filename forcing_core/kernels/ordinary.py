@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
-KINDS = {nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.GELU, nn.Sequential}
+from . import plain
+
+KINDS = {nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.GELU, nn.Sequential, nn.Conv3d}
 Ordinary = Callable[[nn.Module, Tensor], bool]
 Work = Callable[[Tensor], Tensor]
 
@@ -49,18 +52,19 @@ class Known:
 
 
 class Instead:
-    """Does the work of modules: by what `make(module, x)` gives for one at its first call, or by calling it, where that is
+    """Does the work of modules: by what `make(module, x)` gives for one at its first call, or as `usual` does, where that is
     None or x is no float32 on a CPU. Good for as long as `Known` is."""
 
-    def __init__(self, make: Callable[[nn.Module, Tensor], Work | None]):
-        self._make, self._found = make, {}
+    def __init__(self, make: Callable[[nn.Module, Tensor], Work | None],
+                 usual: Callable[[nn.Module, Tensor], Tensor] = plain.call):
+        self._make, self._usual, self._found = make, usual, {}
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         if not in_float32(x):
-            return module(x)
+            return self._usual(module, x)
         work = self._found.get(module)
         if work is None:
-            work = self._found[module] = self._make(module, x) or module
+            work = self._found[module] = self._make(module, x) or partial(self._usual, module)
         return work(x)
 
 

@@ -29,6 +29,16 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
+def embed(module: nn.Module, x: Tensor) -> Tensor:
+    """Patches of x [B, C, F, h, w] as tokens [B, n, D]; the convolution is in float32."""
+    return module(x.float()).to(x.dtype).flatten(2).transpose(1, 2).contiguous()
+
+
+def closed(module: nn.Module, x: Tensor) -> bool:
+    """Whether the parts of a head may be called in its place: here never."""
+    return False
+
+
 def _frames(x: Tensor, m: Tensor) -> Tensor:
     """View tokens by frame [B, F, S, D], so that what is said of frames broadcasts."""
     return x.unflatten(1, (m.shape[1], -1))

@@ -12,7 +12,7 @@ from . import plain
 from .keys import Meet, Meeting, can_meet
 from .linears import Linears, at_home, has_onednn
 from .norms import Norms
-from .ordinary import Ordinary, ordinary
+from .ordinary import Known, Ordinary, in_float32, ordinary
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16384  # numbers of a row that one program holds
@@ -20,7 +20,8 @@ WIDEST = 16384  # numbers of a row that one program holds
 
 @dataclass(frozen=True)
 class Kernels:
-    """modulate: (norm, x, shift, factor), gate: (x, y, by), norm, linear and ffn: (module, x), as in `plain`. meet(pass): how
+    """modulate: (norm, x, shift, factor), gate: (x, y, by), norm, linear, ffn and embed: (module, x), as in `plain`.
+    opens(module, x): whether a head's parts may be called in its place. meet(pass): how
     that pass takes queries and keys that no norm has seen, (layer, attention, heads, q, k, v) -> what `exchange` returns;
     None where they meet as always.
     """
@@ -31,6 +32,8 @@ class Kernels:
     norm: Callable[[nn.Module, Tensor], Tensor] = plain.call
     linear: Callable[[nn.Module, Tensor], Tensor] = plain.call
     ffn: Callable[[nn.Module, Tensor], Tensor] = plain.call
+    embed: Callable[[nn.Module, Tensor], Tensor] = plain.embed
+    opens: Callable[[nn.Module, Tensor], bool] = plain.closed
 
 
 PLAIN = Kernels(plain.modulate, plain.gate)
@@ -73,7 +76,9 @@ def on_cpu(modules: Ordinary = ordinary) -> Kernels:
     """Linear layers by the library that is at home on the processor and norms in fewer operations, where those of the network
     are plain ones in float32; it looks at each of them once. Needs a torch with oneDNN."""
     linears, norms = Linears(modules, at_home()), Norms(modules)
-    return Kernels(norms.modulate, plain.gate, norm=norms.norm, linear=linears.linear, ffn=linears.ffn)
+    known = Known(modules)
+    return Kernels(norms.modulate, plain.gate, norm=norms.norm, linear=linears.linear, ffn=linears.ffn, embed=linears.embed,
+                   opens=lambda head, x: in_float32(x) and known(head, x))
 
 
 # name -> kernels(which modules may be taken apart)

@@ -211,9 +211,8 @@ def forward(net: Any, x: Tensor, timesteps: Tensor | Embedded, text: TextState, 
     if x.shape[3] % net.patch_size[1] or x.shape[4] % net.patch_size[2]:
         raise ForcingError(f"A latent of {x.shape[3]}x{x.shape[4]} does not divide into 2x2 patches. "
                            "Use a width and a height divisible by 16 pixels.")
-    tokens = net.patch_embedding(x.float()).to(x.dtype)
-    grid = tokens.shape[2:]
-    tokens = beside.begin(tokens.flatten(2).transpose(1, 2).contiguous())
+    grid = tuple(size // patch for size, patch in zip(x.shape[2:], net.patch_size))
+    tokens = beside.begin(ops.kernels.embed(net.patch_embedding, x))
     known = timesteps if isinstance(timesteps, Embedded) else text.times.of(timesteps)
     times = known.begin(net, x.dtype, ops.sinusoid)
     run = _Run(net, text, memory, times, ops, beside.layers)
@@ -225,7 +224,15 @@ def forward(net: Any, x: Tensor, timesteps: Tensor | Embedded, text: TextState, 
         if tokens is None:
             return None
     grid = (grid[0] - run.leading, *grid[1:])
-    return unpatchify(net.head(tokens, times.ending(run.leading)), grid, net.patch_size, net.out_dim)
+    return unpatchify(_end(net.head, tokens, times, run.leading, ops), grid, net.patch_size, net.out_dim)
+
+
+def _end(head: nn.Module, tokens: Tensor, times: Embedded, leading: int, ops: Ops) -> Tensor:
+    """Tokens [B, n, D] -> the numbers of their patches [B, n, pt*ph*pw*C]."""
+    if not ops.kernels.opens(head, tokens):
+        return head(tokens, times.ending(leading))
+    shift, factor = times.last_modulation(head, tokens, ops.parameter, leading)
+    return ops.kernels.linear(head.head, ops.kernels.modulate(head.norm, tokens, shift, factor))
 
 
 def remember(net: Any, tokens: Tensor, text: TextState, memory: Exchange, ops: Ops) -> None:

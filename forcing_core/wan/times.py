@@ -7,7 +7,7 @@ rollout, one row does for all of them, and nothing has to be told frame from fra
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..schedule import Level
 
 KEPT = 12  # sets of levels: more than few-step systems have; what comes round later is computed again
+HEAD = -1  # beside the numbers of layers
 Parameter = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -50,11 +51,22 @@ class Embedded:
         """shift, factor, gate (self-attention), shift, factor, gate (ffn) of layer `index`: [B, F, 1, D] each, [B, 1, D]
         where all frames are `alike`. The network has scales; a factor is 1 + scale."""
         if index not in self._layers:
-            raw = parameter(block.modulation, like)
-            sums = raw + self.projected[:, 0] if self.alike else raw.unsqueeze(0) + self.projected
-            shift, scale, gate, shift2, scale2, gate2 = (m.unsqueeze(-2) for m in sums.unbind(-2))
+            shift, scale, gate, shift2, scale2, gate2 = self._rows(parameter(block.modulation, like), self.projected)
             self._layers[index] = shift, 1 + scale, gate, shift2, 1 + scale2, gate2
         return self._layers[index]
+
+    def last_modulation(self, head: nn.Module, like: Tensor, parameter: Parameter, leading: int) -> tuple[Tensor, Tensor]:
+        """shift, factor of the head, the same way, of all frames but the first `leading`."""
+        if HEAD not in self._layers:
+            shift, scale = self._rows(parameter(head.modulation, like), self.e.unsqueeze(2))
+            self._layers[HEAD] = shift, 1 + scale
+        shift, factor = self._layers[HEAD]
+        return (shift, factor) if self.alike else (shift[:, leading:], factor[:, leading:])
+
+    def _rows(self, raw: Tensor, of: Tensor) -> Iterator[Tensor]:
+        """raw [1, k, D] + of [B, F, 1 or k, D], one by one."""
+        sums = raw + of[:, 0] if self.alike else raw.unsqueeze(0) + of
+        return (m.unsqueeze(-2) for m in sums.unbind(-2))
 
     def ending(self, leading: int) -> Tensor:
         """e of all frames but the first `leading`, for the head; of one of them where they are `alike`."""

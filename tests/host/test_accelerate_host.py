@@ -44,6 +44,8 @@ def test_modules_that_may_be_taken_apart():
     norms = [block.norm1, block.self_attn.norm_q, block.self_attn.norm_k]
     assert all(plain_module(norm, like) for norm in norms)
     assert plain_module(norms[0], like.bfloat16()) and not plain_module(norms[1], like.bfloat16())
+    net = load().model.diffusion_model
+    assert plain_module(net.head, like) and plain_module(net.patch_embedding, like)
     assert not plain_module(Named(4), like) and not plain_module(block, like)
     linears = [block.self_attn.q, block.ffn[0], block.ffn[2]]
     assert all(plain_module(module, like) for module in (*linears, block.ffn, block.ffn[1]))

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from forcing_pack.forcing_core import kernels
-from forcing_pack.forcing_core.accelerate import WAYS, kernels_of
+from forcing_pack.forcing_core.accelerate import WAYS, kernels_of, ordinary
 from forcing_pack.forcing_core.denoiser import Condition, NetworkDenoiser
 from forcing_pack.forcing_core.kernels import linears, norms, plain, table
 from forcing_pack.forcing_core.memory import make_memory
@@ -14,6 +14,8 @@ from forcing_pack.forcing_core.policies import EmaSinkOptions, WindowOptions
 from forcing_pack.forcing_core.rollout import block_rollout
 from forcing_pack.forcing_core.schedule import levels
 from forcing_pack.forcing_core.wan import Ops
+from forcing_pack.forcing_core.wan.forward import _end
+from forcing_pack.forcing_core.wan.times import Embedded
 from forcing_testkit.forcing_corekit import CHANNELS, TEXT_DIM, gap, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,7 +112,16 @@ def _modulation(found, size, alike):
     assert sure(found.modulate(norm, x, shift, factor), usual, plain.modulate(norm, *(t.double() for t in (x, shift, factor))))
 
 
-@pytest.mark.parametrize("check", [_linear, _ffn, _norm, _modulation])
+@given(sizes, st.booleans(), st.sampled_from([(1, 2, 2), (1, 1, 1), (1, 2, 3)]))
+@some
+def _embed(found, size, bias, patch):
+    batch, rows, channels, width = size[0], size[1] % 5 + 1, size[2] % 20 + 1, size[3]
+    layer = filled(nn.Conv3d(channels, width, patch, patch, bias=bias))
+    x = draw(batch, 3, channels, rows * patch[1], 2 * patch[2]).transpose(1, 2)
+    assert sure(found.embed(layer, x), plain.embed(layer, x), double(layer)(x.double()).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("check", [_linear, _ffn, _norm, _modulation, _embed])
 def test_equal_to_the_modules(row, check):
     check(row)
 
@@ -162,13 +173,18 @@ def test_unusual_layers_are_called(row, monkeypatch, name, inside):
     assert gap(row.ffn(nn.Sequential(layer, nn.GELU(), end), x), end(nn.GELU()(three))) <= 1e-5
 
 
-def test_an_unusual_network_between_norms_is_called(row):
-    """Other activations, more layers, a hook on the whole, a norm that somebody changed."""
+def test_other_unusual_modules_are_called(row):
+    """Other activations, more layers, a hook on the whole, patches that overlap, a norm that somebody changed."""
     x = draw(1, 3, 8)
     for odd in (hooked(ffn(8, 8)), nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)),
                 nn.Sequential(nn.Linear(8, 8), hooked(nn.GELU("tanh")), nn.Linear(8, 8)),
                 nn.Sequential(*ffn(8, 8), nn.Linear(8, 8)), nn.Identity()):
         assert torch.equal(row.ffn(odd, x), odd(x))
+    video = draw(1, 2, 4, 4, 4)
+    for odd in (nn.Conv3d(2, 8, (1, 2, 2), (1, 2, 2), padding=(0, 1, 1)), nn.Conv3d(2, 8, (2, 2, 2), (2, 2, 2)),
+                nn.Conv3d(2, 8, (1, 3, 3), (1, 1, 1)), nn.Conv3d(2, 8, (1, 2, 2), (1, 2, 2), groups=2),
+                hooked(nn.Conv3d(2, 8, (1, 2, 2), (1, 2, 2)))):
+        assert torch.equal(row.embed(odd, video), plain.embed(odd, video))
     norm = hooked(nn.LayerNorm(8, EPS, elementwise_affine=False))
     assert torch.equal(row.norm(norm, x), norm(x))
     one = torch.ones(1, 1, 8)
@@ -219,10 +235,11 @@ def test_a_video_with_them(products, monkeypatch, options):
     counted = linears.Products(lambda *args: made.append("plain") or products.plain(*args),
                                lambda *args: made.append("gelu") or products.gelu(*args))
     monkeypatch.setattr(table, "at_home", lambda: counted)
-    found = table.on_cpu()
+    found = table.on_cpu(ordinary)
     assert gap(video(net, options, found), video(net, options, kernels.PLAIN)) <= 1e-5
     passes, layers = layers_passed(net, blocks=4, steps=2)
-    assert made.count("gelu") == passes and made.count("plain") == 7 * passes + 2 * layers
+    ends = 2 * 4  # patches and head of every noisy pass, and patches of every clean one
+    assert made.count("gelu") == passes and made.count("plain") == 7 * passes + 2 * layers + 2 * ends + layers
 
 
 def layers_passed(net, blocks, steps):
@@ -230,6 +247,18 @@ def layers_passed(net, blocks, steps):
     last block."""
     clean = blocks - 1
     return len(net.blocks) * (blocks * steps + clean) - clean, clean
+
+
+@pytest.mark.parametrize("alike, leading", [(True, 0), (False, 0), (False, 1)])
+def test_the_head_of_frames_at_their_levels(row, alike, leading):
+    net, ops = network(), Ops(kernels=table.on_cpu(ordinary))
+    times = Embedded(torch.tensor([[500.0] * 3 if alike else [0.0, 500.0, 900.0]]), alike)
+    times.begin(net, torch.float32, torch.float64)
+    tokens = draw(1, 2 * (3 - leading), net.config.dim)
+    for _ in range(2):  # the second time as it was kept
+        assert gap(_end(net.head, tokens, times, leading, ops), _end(net.head, tokens, times, leading, Ops())) <= 1e-5
+    assert ops.kernels.opens(net.head, tokens) and not ops.kernels.opens(net.head, tokens.bfloat16())
+    assert not table.on_cpu(ordinary).opens(hooked(net.head), tokens)
 
 
 def test_where_they_run(monkeypatch):
