@@ -70,8 +70,8 @@ class Instead:
 
 @functools.cache
 def scalar(number: float) -> Tensor:
-    """It as a tensor on the CPU, whatever the default device is."""
-    return torch.tensor(number, device="cpu")
+    """It as a tensor, whatever the default type and device are."""
+    return torch.tensor(number, dtype=torch.float32, device="cpu")
 
 
 def in_float32(x: Tensor) -> bool:

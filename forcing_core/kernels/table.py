@@ -21,9 +21,8 @@ WIDEST = 16384  # numbers of a row that one program holds
 @dataclass(frozen=True)
 class Kernels:
     """modulate: (norm, x, shift, factor), gate: (x, y, by), norm, linear, ffn and embed: (module, x), as in `plain`.
-    opens(module, x): whether a head's parts may be called in its place. meet(pass): how
-    that pass takes queries and keys that no norm has seen, (layer, attention, heads, q, k, v) -> what `exchange` returns;
-    None where they meet as always.
+    opens(head, x): whether the parts of a head may be called in its place. meet(pass): how that pass takes queries and keys
+    that no norm has seen, (layer, attention, heads, q, k, v) -> what `exchange` returns; None where they meet as always.
     """
 
     modulate: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]

@@ -1,4 +1,5 @@
 """One condition straight to the model: the same latents, and ComfyUI's own way wherever there is anything to add up."""
+import comfy.conds as conds
 import comfy.samplers
 import pytest
 import torch
@@ -85,3 +86,14 @@ def test_the_guiders_functions_get_what_they_always_get():
     expected = made()
     assert torch.equal(made(model), expected)
     assert all(len(out) == 2 and out[0].any() and out[1].shape == out[0].shape and not out[1].any() for out in seen) and seen
+
+
+def test_values_are_not_copied():
+    """ComfyUI would join them with those of other conditions, of which there are none."""
+    rows, like = torch.randn(1, 3, 4), {"batch_size": 1, "area": None}
+    for kind in (conds.CONDRegular, conds.CONDCrossAttn, conds.CONDNoiseShape):
+        assert host_batch._value(kind(rows).process_cond(**like)) is rows
+        assert torch.equal(host_batch._value(kind(rows).process_cond(batch_size=2, area=None)), rows.repeat(2, 1, 1))
+    assert host_batch._value(conds.CONDConstant(3).process_cond(**like)) == 3
+    listed = host_batch._value(conds.CONDList([rows, rows]).process_cond(**like))
+    assert all(torch.equal(found, rows) for found in listed) and len(listed) == 2
