@@ -8,6 +8,7 @@ only: no gradient comes back.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import pi, sqrt
 from typing import Callable
 
 import torch
@@ -20,7 +21,8 @@ from .ordinary import Instead, Ordinary, Work, scalar
 
 WORTH = 1 << 20  # products in a layer: with fewer, what it costs oneDNN to begin is more than what is saved
 CACHED = 1 << 16  # numbers that stay in the cache between the operations of a GELU
-LINEAR, CUBIC = 1.5957691216057308, 0.07135481282052852  # 2 sqrt(2 / pi), and that times 0.044715
+LINEAR = 2 * sqrt(2 / pi)  # of the form of GELU with tanh
+CUBIC = 0.044715 * LINEAR
 
 
 @dataclass(frozen=True)
