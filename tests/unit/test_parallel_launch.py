@@ -45,7 +45,8 @@ def test_workers_that_end_well_say_nothing(played):
 
 def test_a_worker_whose_work_is_done_is_not_wound_up(played, capfd):
     """What would happen then, here an abort as gloo's threads may cause it, is no failure; what it said is heard."""
-    workers = played("import atexit\natexit.register(os.abort)\nprint('done', rank)")
+    # in one piece each, even where PYTHONUNBUFFERED is set and both write at once
+    workers = played("import atexit\natexit.register(os.abort)\nsys.stdout.write(f'done {rank}\\n')")
     launch([[REQUEST]] * 2, together=True, advice=lambda: "Go on.")
     assert [worker.process.returncode for worker in workers] == [0, 0]
     assert sorted(capfd.readouterr().out.split("\n")) == ["", "done 0", "done 1"]
