@@ -8,17 +8,17 @@ kernels are always used, since there is nothing to set up and they were measured
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
 
 from .errors import ForcingError
 from .graphs import Graphs, graphs_for
-from .kernels import KINDS, PLAIN, Kernels, Ordinary, kernels_for, resident, untouched
+from .kernels import KINDS, PLAIN, Kernels, Ordinary, kernels_for, ordinary
 from .wan import Ops
 from .wan.model import Head
 
-OURS = KINDS | {Head}
+ours = partial(ordinary, kinds=KINDS | {Head})  # which modules of our own network are nothing but their numbers
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,7 @@ def way(name: str) -> Acceleration:
     return WAYS[name]
 
 
-def ordinary(module: nn.Module, like: Tensor) -> bool:
-    """The rule of `kernels.ordinary` for modules of our own network, too."""
-    return type(module) in OURS and untouched(module) and resident(module, like)
-
-
-def kernels_of(name: str, device: torch.device | str, modules: Ordinary = ordinary) -> Kernels:
+def kernels_of(name: str, device: torch.device | str, modules: Ordinary = ours) -> Kernels:
     """The kernels that the device can run, if this way has them, and on a CPU in every way. Not for what is compiled, where
     the compiler makes kernels of its own. modules: which may be taken apart; ask again when modules were changed."""
     return kernels_for(device, modules) if way(name).kernels or torch.device(device).type == "cpu" else PLAIN

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..forcing_core.accelerate import graphs_of, kernels_of, way
 from ..forcing_core.kernels import KINDS as TORCHS
-from ..forcing_core.kernels import PLAIN, Kernels, resident, untouched
+from ..forcing_core.kernels import PLAIN, Kernels, ordinary, untouched
 from ..forcing_core.options import RolloutOptions
 from ..forcing_core.passes import Exchange
 from ..forcing_core.wan import Ops, TextState, forward
@@ -37,7 +37,7 @@ def _as_loaded(module: nn.Module) -> bool:
 
 def plain_module(module: nn.Module, like: Tensor) -> bool:
     """The rule of `kernels.ordinary` for ComfyUI's modules, whose numbers may be taken instead of calling them."""
-    return type(module) in KINDS and _as_loaded(module) and untouched(module) and resident(module, like)
+    return ordinary(module, like, KINDS) and _as_loaded(module)
 
 
 def can_record(net: nn.Module, transformer_options: dict, device) -> bool:

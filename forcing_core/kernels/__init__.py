@@ -12,8 +12,7 @@
 
 Triton is no dependency: its modules are imported only where it is there.
 """
-from .ordinary import KINDS, Ordinary, ordinary, resident, untouched
+from .ordinary import KINDS, Ordinary, ordinary, untouched
 from .table import KERNELS, PLAIN, Kernels, fused, has_triton, kernels_for
 
-__all__ = ["KERNELS", "KINDS", "PLAIN", "Kernels", "Ordinary", "fused", "has_triton", "kernels_for", "ordinary", "resident",
-           "untouched"]
+__all__ = ["KERNELS", "KINDS", "PLAIN", "Kernels", "Ordinary", "fused", "has_triton", "kernels_for", "ordinary", "untouched"]

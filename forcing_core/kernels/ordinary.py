@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from typing import Callable
+from typing import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ def untouched(module: nn.Module) -> bool:
     return "forward" not in held or getattr(held["forward"], "__func__", None) is type(module).forward
 
 
-def ordinary(module: nn.Module, like: Tensor) -> bool:
-    """Of torch's own. A host with classes of its own has another rule, which it gives to `fused` and `on_cpu`."""
-    return type(module) in KINDS and untouched(module) and resident(module, like)
+def ordinary(module: nn.Module, like: Tensor, kinds: Collection[type] = KINDS) -> bool:
+    """Of torch's own, or of the kinds that a network or a host has beside them."""
+    return type(module) in kinds and untouched(module) and resident(module, like)
 
 
 class Known:

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from forcing_pack.forcing_core import kernels
-from forcing_pack.forcing_core.accelerate import WAYS, kernels_of, ordinary
+from forcing_pack.forcing_core.accelerate import WAYS, kernels_of, ours
 from forcing_pack.forcing_core.denoiser import Condition, NetworkDenoiser
 from forcing_pack.forcing_core.kernels import linears, norms, plain, table
 from forcing_pack.forcing_core.memory import make_memory
@@ -192,13 +192,17 @@ def test_other_unusual_modules_are_called(row):
     assert torch.equal(row.norm(nn.Identity(), x), x)
 
 
-def test_other_types_and_gradients_go_through_the_modules(row, monkeypatch):
+def test_other_types_and_gradients_go_through_the_modules(monkeypatch):
     """bfloat16 has oneDNN anyway; and the operations bring no gradient back."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    monkeypatch.setattr(table, "at_home", lambda: linears.Products(None, None))
     monkeypatch.setattr(norms, "rms", None)
+    row = table.on_cpu()
     layers, norm, x = ffn(8, 8), nn.RMSNorm(8, EPS), draw(1, 3, 8)
     half = ffn(8, 8).bfloat16()
-    assert torch.equal(row.ffn(half, x.bfloat16()), half(x.bfloat16()))
+    with torch.no_grad():
+        assert torch.equal(row.ffn(half, x.bfloat16()), half(x.bfloat16()))
+        with pytest.raises(TypeError):  # as it would be if it were taken apart
+            row.ffn(layers, x)
     with torch.enable_grad():
         for run, module in ((row.ffn, layers), (row.linear, layers[0]), (row.norm, norm)):
             run(module, x).sum().backward()
@@ -235,7 +239,7 @@ def test_a_video_with_them(products, monkeypatch, options):
     counted = linears.Products(lambda *args: made.append("plain") or products.plain(*args),
                                lambda *args: made.append("gelu") or products.gelu(*args))
     monkeypatch.setattr(table, "at_home", lambda: counted)
-    found = table.on_cpu(ordinary)
+    found = table.on_cpu(ours)
     assert gap(video(net, options, found), video(net, options, kernels.PLAIN)) <= 1e-5
     passes, layers = layers_passed(net, blocks=4, steps=2)
     ends = 2 * 4  # patches and head of every noisy pass, and patches of every clean one
@@ -251,14 +255,14 @@ def layers_passed(net, blocks, steps):
 
 @pytest.mark.parametrize("alike, leading", [(True, 0), (False, 0), (False, 1)])
 def test_the_head_of_frames_at_their_levels(row, alike, leading):
-    net, ops = network(), Ops(kernels=table.on_cpu(ordinary))
+    net, ops = network(), Ops(kernels=table.on_cpu(ours))
     times = Embedded(torch.tensor([[500.0] * 3 if alike else [0.0, 500.0, 900.0]]), alike)
     times.begin(net, torch.float32, torch.float64)
     tokens = draw(1, 2 * (3 - leading), net.config.dim)
     for _ in range(2):  # the second time as it was kept
         assert gap(_end(net.head, tokens, times, leading, ops), _end(net.head, tokens, times, leading, Ops())) <= 1e-5
     assert ops.kernels.opens(net.head, tokens) and not ops.kernels.opens(net.head, tokens.bfloat16())
-    assert not table.on_cpu(ordinary).opens(hooked(net.head), tokens)
+    assert not table.on_cpu(ours).opens(hooked(net.head), tokens)
 
 
 def test_where_they_run(monkeypatch):
